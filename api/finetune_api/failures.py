@@ -1,0 +1,133 @@
+"""Why a job ends: reasons, exit codes, and the one JSON message that a container leaves behind.
+
+The exit code says the class even where the message was lost (a SIGKILL leaves none); the message says the rest. Codes
+lie between those of Python and argparse (1, 2) and those of shells and signals (126-255).
+"""
+
+from enum import StrEnum
+from typing import Annotated, Literal, Self
+
+from pydantic import Field
+
+from finetune_api.model import ApiModel, S3Uri, Sha256, ShortText
+from finetune_api.run import PreparedSummary
+
+
+class Reason(StrEnum):
+    """The closed list of reasons that a status may show."""
+
+    INVALID_SPEC = "InvalidSpec"
+    PROFILE_NOT_FOUND = "ProfileNotFound"
+    NOT_ALLOWED_BY_PROFILE = "NotAllowedByProfile"
+    DOES_NOT_FIT = "DoesNotFit"
+    UNSCHEDULABLE = "Unschedulable"
+    IMAGE_PULL_ERROR = "ImagePullError"
+    PRE_RUNNING_DEADLINE_EXCEEDED = "PreRunningDeadlineExceeded"
+    DEADLINE_EXCEEDED = "DeadlineExceeded"
+    STORAGE_DENIED = "StorageDenied"
+    STORAGE_UNAVAILABLE = "StorageUnavailable"
+    DATA_INVALID = "DataInvalid"
+    DATA_LEAKAGE = "DataLeakage"
+    MODEL_INVALID = "ModelInvalid"
+    OUT_OF_MEMORY = "OutOfMemory"
+    HOST_OUT_OF_MEMORY = "HostOutOfMemory"
+    DIVERGED = "Diverged"
+    HUNG = "Hung"
+    RANK_FAILED = "RankFailed"
+    PREEMPTED = "Preempted"
+    NODE_LOST = "NodeLost"
+    GATE_NOT_MET = "GateNotMet"
+    MAX_ATTEMPTS_REACHED = "MaxAttemptsReached"
+
+
+Outcome = Literal["Succeeded", "Preempted", "Retryable", "Permanent"]
+"""What an ended attempt means: Preempted costs no attempt, Retryable costs one, Permanent ends the job."""
+
+EXIT_CODES: dict[Reason, int] = {
+    Reason.INVALID_SPEC: 65,
+    Reason.DATA_INVALID: 66,
+    Reason.DATA_LEAKAGE: 67,
+    Reason.MODEL_INVALID: 68,
+    Reason.DOES_NOT_FIT: 69,
+    Reason.STORAGE_DENIED: 70,
+    Reason.STORAGE_UNAVAILABLE: 71,
+    Reason.OUT_OF_MEMORY: 72,
+    Reason.HOST_OUT_OF_MEMORY: 73,
+    Reason.DIVERGED: 74,
+    Reason.HUNG: 75,
+    Reason.RANK_FAILED: 76,
+    Reason.PREEMPTED: 77,
+    Reason.GATE_NOT_MET: 78,
+}
+"""The exit code of PID 1 for each reason that a pod can know by itself."""
+
+OUTCOMES: dict[Reason, Outcome] = {
+    Reason.PREEMPTED: "Preempted",
+    Reason.NODE_LOST: "Retryable",
+    Reason.RANK_FAILED: "Retryable",
+    Reason.HUNG: "Retryable",
+    Reason.STORAGE_UNAVAILABLE: "Retryable",
+    Reason.OUT_OF_MEMORY: "Retryable",
+}
+"""The outcome of an attempt by its reason; a reason that is not named here is Permanent."""
+
+
+def outcome_of(reason: Reason) -> Outcome:
+    return OUTCOMES.get(reason, "Permanent")
+
+
+def reason_of_exit_code(code: int) -> Reason:
+    """The reason behind an exit code whose message was lost; a code that is not ours is a rank's own."""
+    return next((reason for reason, own in EXIT_CODES.items() if own == code), Reason.RANK_FAILED)
+
+
+class TrainingResult(ApiModel):
+    """What was published: status.result."""
+
+    uri: S3Uri
+    manifest_sha256: Annotated[Sha256, Field(alias="manifestSHA256")]
+    size_bytes: Annotated[int, Field(ge=0)]
+    metrics: dict[str, float] = {}
+    """Final figures by name; `evalLoss` after training, `evalLossBefore` before it."""
+
+
+class TerminationMessage(ApiModel):
+    """The one JSON object in a container's termination message; Kubernetes keeps 4,096 bytes of it."""
+
+    reason: Reason | None = None
+    """None where the program did what it was asked to."""
+    message: Annotated[str, Field(max_length=2048)] = ""
+    rank: int | None = None
+    """The global rank that failed first."""
+    exit_code: int = 0
+    """The failing process's own exit code, negative for a signal."""
+    step: int | None = None
+    """The last optimizer step that was completed."""
+    resumed_from_step: int | None = None
+    node: ShortText | None = None
+    result: TrainingResult | None = None
+    prepared: PreparedSummary | None = None
+
+    def encode(self) -> bytes:
+        """At most 4,096 bytes of JSON: the message is cut where the whole is too long."""
+        data = self.model_dump_json(by_alias=True, exclude_none=True).encode()
+        if len(data) <= 4096:
+            return data
+        room = max(0, len(self.message.encode()) - (len(data) - 4096) - 8)
+        return self.model_copy(update={"message": self.message.encode()[:room].decode(errors="ignore") + "…"}).encode()
+
+    @classmethod
+    def decode(cls, text: str) -> Self | None:
+        """The message, or None where the text is not one (a traceback, nothing, half of it)."""
+        try:
+            return cls.model_validate_json(text)
+        except ValueError:
+            return None
+
+
+class FineTuneError(Exception):
+    """An error with a reason of the closed list: its text is one sentence for the person who can act."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason

@@ -1,0 +1,98 @@
+"""FineTuneJob.status: conditions carry the facts, `state` is derived from them for people to read."""
+
+import datetime
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from finetune_api.model import ApiModel, LongText, ShortText
+from finetune_api.progress import CheckpointStatus, TrainerStatus
+from finetune_api.sizing import Sizing
+
+State = Literal[
+    "Pending",
+    "Queued",
+    "Suspended",
+    "Preparing",
+    "Starting",
+    "Running",
+    "Evaluating",
+    "Publishing",
+    "Retrying",
+    "Complete",
+    "Failed",
+]
+ConditionType = Literal["Accepted", "Suspended", "Running", "Complete", "Failed", "Reconciling", "Stalled"]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Condition(ApiModel):
+    """metav1.Condition."""
+
+    type: Annotated[str, Field(max_length=316)]
+    status: Literal["True", "False", "Unknown"]
+    reason: Annotated[str, Field(min_length=1, max_length=1024)]
+    message: Annotated[str, Field(max_length=32768)] = ""
+    last_transition_time: datetime.datetime
+    observed_generation: Count = 0
+
+
+class Attempt(ApiModel):
+    """One run of the gang; `prepare` is not one."""
+
+    number: Count
+    job: ShortText
+    """Name of its batch/v1 Job."""
+    uid: ShortText | None = None
+    """UID of its Job: the last segment of the output prefix."""
+    start_time: datetime.datetime | None = None
+    completion_time: datetime.datetime | None = None
+    outcome: Literal["Succeeded", "Preempted", "Retryable", "Permanent"] | None = None
+    """None while it runs."""
+    reason: ShortText | None = None
+    message: LongText | None = None
+    exit_code: int | None = None
+    rank: int | None = None
+    node: ShortText | None = None
+    resumed_from_step: Count | None = None
+
+
+class DataStatus(ApiModel):
+    train_examples: Count = 0
+    validation_examples: Count = 0
+    test_examples: Count = 0
+    train_tokens: Count = 0
+    dropped: Count = 0
+    report_uri: Annotated[LongText | None, Field(alias="reportURI")] = None
+
+
+class ResultStatus(ApiModel):
+    uri: LongText
+    manifest_sha256: Annotated[ShortText, Field(alias="manifestSHA256")]
+    size_bytes: Count
+    metrics: Annotated[dict[str, float], Field(max_length=128)] = {}
+
+
+class FineTuneJobStatus(ApiModel):
+    observed_generation: Count | None = None
+    state: State | None = None
+    message: LongText | None = None
+    """What a person should know now: the message of the condition that decides the state."""
+    conditions: Annotated[
+        list[Condition],
+        Field(
+            max_length=16,
+            json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
+        ),
+    ] = []
+    start_time: datetime.datetime | None = None
+    completion_time: datetime.datetime | None = None
+    attempts: Annotated[list[Attempt], Field(max_length=256)] = []
+    trainer_status: TrainerStatus | None = None
+    checkpoint: CheckpointStatus | None = None
+    data: DataStatus | None = None
+    sizing: Sizing | None = None
+    result: ResultStatus | None = None
+
+    def condition(self, kind: ConditionType) -> Condition | None:
+        return next((c for c in self.conditions if c.type == kind), None)

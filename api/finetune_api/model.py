@@ -1,0 +1,151 @@
+"""The base of every type: frozen, camelCase in JSON, strict about unknown fields, with rules that say why they refuse."""
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar, NamedTuple, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic.alias_generators import to_camel
+
+Path = tuple[str | int, ...]
+
+
+class Rule(NamedTuple):
+    """One cross-field rule in both of its forms: `cel` for the API server, `check` for Python. A contract test holds them equal."""
+
+    cel: str
+    message: str
+    check: Callable[[Any], bool]
+
+
+class Problem(NamedTuple):
+    """What is wrong with one field of an object: `path` from the object's root, `message` one sentence."""
+
+    path: Path
+    message: str
+
+    def __str__(self) -> str:
+        return f"{format_path(self.path)}: {self.message}" if self.path else self.message
+
+
+class ApiModel(BaseModel):
+    """A frozen value of the API.
+
+    `rules` are checked here and rendered as CEL in the CRD. `union` maps each value of `type` to the one member that it
+    may carry, by its attribute: `{"LoRA": "lora"}`; the others must be absent.
+    """
+
+    model_config = ConfigDict(
+        alias_generator=to_camel, populate_by_name=True, extra="forbid", frozen=True, use_attribute_docstrings=True
+    )
+    rules: ClassVar[tuple[Rule, ...]] = ()
+    union: ClassVar[Mapping[str, str]] = {}
+
+    @classmethod
+    def all_rules(cls) -> tuple[Rule, ...]:
+        """The rules as written, then one for each member of the union."""
+        return cls.rules + tuple(_member_rule(member, cls.union) for member in dict.fromkeys(cls.union.values()))
+
+    @model_validator(mode="after")
+    def _hold_rules(self) -> Self:
+        for rule in type(self).all_rules():
+            if not rule.check(self):
+                raise ValueError(rule.message)
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object in API form: camelCase, absent instead of null."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+def _member_rule(member: str, union: Mapping[str, str]) -> Rule:
+    owners = [owner for owner, name in union.items() if name == member]
+    return Rule(
+        cel=f"!has(self.{to_camel(member)}) || self.type in [{', '.join(repr(o) for o in owners)}]",
+        message=f"{to_camel(member)} is allowed only where type is {' or '.join(owners)}",
+        check=lambda self: getattr(self, member) is None or self.type in owners,
+    )
+
+
+def problems_of(error: ValidationError, root: Path = ()) -> list[Problem]:
+    """pydantic's findings as problems, in the words of someone who writes YAML."""
+    return [
+        Problem(root + tuple(entry["loc"]), _sentence(entry["type"], entry["msg"], entry.get("input")))
+        for entry in error.errors(include_url=False)
+    ]
+
+
+def _sentence(kind: str, message: str, found: Any) -> str:
+    if kind == "extra_forbidden":
+        return "this field does not exist"
+    if kind == "missing":
+        return "is required"
+    text = message.removeprefix("Value error, ")
+    if isinstance(found, str | int | float | bool):
+        return f"found {found!r}; {text[0].lower()}{text[1:]}"
+    return text
+
+
+def format_path(path: Path) -> str:
+    """`("spec", "datasets", 0, "uri")` -> `spec.datasets[0].uri`."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def _no_traversal(uri: str) -> str:
+    if any(part in ("..", ".") for part in uri.split("://", 1)[-1].split("/")) or "%2e" in uri.lower():
+        raise ValueError("a URI must not contain '.' or '..' as a path segment")
+    return uri
+
+
+_NO_TRAVERSAL = {
+    "x-kubernetes-validations": [
+        {
+            "rule": "!self.matches('(^|/)[.][.]?(/|$)') && !self.lowerAscii().contains('%2e')",
+            "message": "a URI must not contain '.' or '..' as a path segment",
+        }
+    ]
+}
+
+S3_URI = r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9!_.*'()/=+@:,& -]*)?$"
+S3Uri = Annotated[
+    str,
+    StringConstraints(pattern=S3_URI, max_length=1024),
+    Field(json_schema_extra=_NO_TRAVERSAL),  # type: ignore[arg-type]
+    AfterValidator(_no_traversal),
+]
+"""`s3://bucket/key-or-prefix`."""
+
+MODEL_URI = (
+    r"^(s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9!_.*'()/=+@:,& -]*)?"
+    r"|hf://[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+(@[A-Za-z0-9_./-]+)?"
+    r"|pvc://[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/[A-Za-z0-9_./-]*)$"
+)
+ModelUri = Annotated[
+    str,
+    StringConstraints(pattern=MODEL_URI, max_length=1024),
+    Field(json_schema_extra=_NO_TRAVERSAL),  # type: ignore[arg-type]
+    AfterValidator(_no_traversal),
+]
+"""`s3://bucket/prefix/`, `hf://org/name@revision` or `pvc://claim/path`."""
+
+Label = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)]
+"""An RFC 1123 label."""
+Subdomain = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-.a-z0-9]*[a-z0-9])?$", max_length=253)]
+"""An RFC 1123 subdomain: the name of a Secret, a ServiceAccount, a profile."""
+ShortText = Annotated[str, StringConstraints(max_length=253)]
+LongText = Annotated[str, StringConstraints(max_length=4096)]
+Quantity = Annotated[str, StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$", max_length=32)]
+"""A Kubernetes quantity, always written as a string."""
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+_UNITS = {"m": 1e-3, "": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15} | {
+    f"{prefix}i": 1024 ** (power + 1) for power, prefix in enumerate("KMGTP")
+}
+
+
+def quantity(text: str) -> float:
+    """A Kubernetes quantity as a number: bytes, cores or a count. `"2Gi"` -> 2147483648."""
+    number = text.rstrip("mkKMGTPi")
+    return float(number) * _UNITS[text[len(number) :]]

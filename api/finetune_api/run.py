@@ -1,0 +1,119 @@
+"""What a pod is told (RunConfig), and what `prepare` leaves behind for the gang (PreparedData) and the operator (summary)."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from finetune_api.job import FineTuneJobSpec
+from finetune_api.model import ApiModel, S3Uri, Sha256, ShortText
+from finetune_api.sizing import ModelShape, Sizing
+
+Split = Literal["train", "validation", "test"]
+Count = Annotated[int, Field(ge=0)]
+
+
+class StorageConfig(ApiModel):
+    """How the object store is reached; credentials come from the environment, never from here."""
+
+    endpoint: Annotated[str, Field(pattern=r"^https?://[^\s]+$", max_length=1024)] | None = None
+    region: ShortText | None = None
+    kms_key_id: Annotated[str, Field(max_length=2048)] | None = None
+    addressing_style: Literal["auto", "path", "virtual"] = "auto"
+    checksums: Literal["when_supported", "when_required"] = "when_required"
+    """boto3's request and response checksums; some S3-compatible stores refuse the newer default."""
+
+
+class PinnedObject(ApiModel):
+    """An object as it was when `prepare` read it: whoever reads it later must get the same bytes."""
+
+    uri: S3Uri
+    size: Count
+    etag: ShortText
+    version_id: ShortText | None = None
+
+
+class Shard(ApiModel):
+    """One parquet file of examples, columns `input_ids` and `labels` (list<int32>, equal length; -100 is not learned)."""
+
+    key: ShortText
+    """Relative to the prefix of the index."""
+    split: Split
+    dataset: ShortText
+    rows: Count
+    tokens: Count
+    trained_tokens: Count
+    """Tokens that carry loss."""
+    size: Count
+    sha256: Sha256
+
+
+class PreparedData(ApiModel):
+    """`data/index.json` in the scratch prefix, written last: a prefix without it holds nothing."""
+
+    version: Literal["v1"] = "v1"
+    job_uid: ShortText
+    spec_sha256: Sha256
+    inputs: list[PinnedObject]
+    datasets_sha256: dict[str, Sha256]
+    """Per dataset, over its pinned objects."""
+    base_model: list[PinnedObject]
+    base_model_sha256: Sha256
+    model: ModelShape
+    shards: list[Shard]
+    dropped: dict[str, Count] = {}
+    """Rows left out, by cause."""
+    max_tokens: Count = 0
+    """Length of the longest example."""
+
+
+class PreparedSummary(ApiModel):
+    """What the operator learns of the data: it travels in prepare's termination message, so it is small."""
+
+    index_uri: Annotated[S3Uri, Field(alias="indexURI")]
+    index_sha256: Annotated[Sha256, Field(alias="indexSHA256")]
+    report_uri: Annotated[S3Uri, Field(alias="reportURI")]
+    model: ModelShape
+    train_examples: Count
+    validation_examples: Count
+    test_examples: Count
+    train_tokens: Count
+    dropped: Count
+    max_tokens: Count
+
+
+class Devices(ApiModel):
+    """What one pod of the gang has."""
+
+    kind: Literal["CPU", "CUDA"]
+    workers: Annotated[int, Field(ge=1)]
+    processes_per_worker: Annotated[int, Field(ge=1)]
+
+    @property
+    def world_size(self) -> int:
+        return self.workers * self.processes_per_worker
+
+
+class RunConfig(ApiModel):
+    """The one file that tells a pod everything: ConfigMap key `run.json`."""
+
+    version: Literal["v1"] = "v1"
+    namespace: ShortText
+    job: ShortText
+    job_uid: ShortText
+    attempt: Count | None = None
+    """None for `prepare`."""
+    image: Annotated[str, Field(max_length=1024)] | None = None
+    spec: FineTuneJobSpec
+    """The effective spec, the profile's defaults applied."""
+    spec_sha256: Sha256
+    devices: Devices
+    storage: StorageConfig = StorageConfig()
+    scratch_uri: S3Uri
+    """`<checkpoint.uri or output.uri>/.scratch/<job uid>/`."""
+    output_uri: S3Uri
+    """`<output.uri>/<job>/`; an attempt publishes below its own UID."""
+    prepared: PreparedSummary | None = None
+    """None for `prepare`."""
+    sizing: Sizing | None = None
+    grace_seconds: Annotated[int, Field(ge=1)] = 120
+    """terminationGracePeriodSeconds of the pod."""

@@ -1,0 +1,216 @@
+"""Does it fit, and how: model shape + method + GPU -> strategy, micro-batch, memory; or a sentence on what would fit.
+
+Formulas: bytes per GPU for P parameters of which T are trained, over N ranks (ZeRO: Rajbhandari et al. 2020;
+activations: Korthikanti et al. 2022), with w bytes a weight, and 16 bytes for each trained parameter (fp32 copy,
+gradient and Adam's two moments). Estimates are of peak memory, before allocator fragmentation, which HEADROOM covers.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from finetune_api.model import ApiModel, ShortText
+from finetune_api.tuning import Tuning
+
+Strategy = Literal["DDP", "ZeRO1", "ZeRO2", "ZeRO3"]
+Count = Annotated[int, Field(ge=0)]
+
+HEADROOM = 0.9
+"""The share of a device's memory that an estimate may fill."""
+RUNTIME_BYTES = {"CUDA": 1.5e9, "CPU": 0.7e9}
+"""What a process holds before the model: CUDA context and NCCL buffers, or the interpreter with torch loaded."""
+MAX_MICRO_BATCH = 64
+
+
+class DoesNotFit(Exception):
+    """The job cannot run on what it asks for; the text says what would."""
+
+
+class ModelShape(ApiModel):
+    """What memory depends on, from config.json and the safetensors headers."""
+
+    architecture: ShortText
+    parameters: Count
+    hidden_size: Count
+    layers: Count
+    vocab_size: Count
+    linear_parameters: Count
+    """Weights of the linear layers but the head: what QLoRA quantises."""
+    target_features: Count
+    """Sum of inputs + outputs over the modules that the tuning targets: a LoRA of rank r trains r times as many."""
+    largest_layer_parameters: Count
+    max_positions: Count
+    dtype: Literal["BFloat16", "Float16", "Float32"]
+    """Of the weights as stored."""
+
+
+class Device(ApiModel):
+    """What one rank has."""
+
+    kind: Literal["CPU", "CUDA"]
+    memory_bytes: Count
+
+
+class Sizing(ApiModel):
+    strategy: Strategy
+    micro_batch_size: Annotated[int, Field(ge=1)]
+    gradient_accumulation: Annotated[int, Field(ge=1)]
+    gradient_checkpointing: bool = False
+    offload: Literal["None", "Optimizer", "OptimizerAndParameters"] = "None"
+    memory_per_gpu: Annotated[Count, Field(alias="memoryPerGPU")]
+    """Estimated peak bytes of one rank."""
+    estimated_gpu_hours: Annotated[float | None, Field(alias="estimatedGPUHours", ge=0)] = None
+
+
+class Request(ApiModel):
+    """What is to be placed: the parts of a spec that memory depends on."""
+
+    tuning: Tuning
+    dtype: Literal["Auto", "BFloat16", "Float16", "Float32"] = "Auto"
+    sequence_length: Annotated[int, Field(ge=1)]
+    """Tokens of the longest row that a rank sees."""
+    global_batch_size: Annotated[int, Field(ge=1)]
+    micro_batch_size: Count = 0
+    world_size: Annotated[int, Field(ge=1)]
+    strategy: Literal["Auto", "DDP", "ZeRO1", "ZeRO2", "ZeRO3"] = "Auto"
+    offload: Literal["None", "Optimizer", "OptimizerAndParameters"] = "None"
+
+
+def trainable_parameters(shape: ModelShape, tuning: Tuning) -> int:
+    """T. For PEFT methods the adapter's size, for Freeze the last blocks and the head."""
+    match tuning.type:
+        case "LoRA" | "QLoRA" | "DoRA":
+            rank = tuning.lora.rank if tuning.lora else 16
+            return rank * shape.target_features
+        case "IA3":
+            return shape.target_features
+        case "PromptTuning":
+            return (tuning.prompt_tuning.tokens if tuning.prompt_tuning else 20) * shape.hidden_size
+        case "PrefixTuning":
+            tokens = tuning.prefix_tuning.tokens if tuning.prefix_tuning else 20
+            return tokens * 2 * shape.layers * shape.hidden_size
+        case "Freeze":
+            blocks = min(tuning.freeze.trainable_layers if tuning.freeze else 2, shape.layers)
+            per_block = shape.linear_parameters // max(1, shape.layers)
+            return blocks * per_block + shape.vocab_size * shape.hidden_size
+        case "Full":
+            return shape.parameters
+
+
+def memory(
+    shape: ModelShape, request: Request, device: Device, strategy: Strategy, micro: int, checkpointing: bool
+) -> int:
+    """Estimated peak bytes of one rank."""
+    return int(
+        RUNTIME_BYTES[device.kind]
+        + _states(shape, request, device, strategy)
+        + _activations(shape, request, device, micro, checkpointing)
+    )
+
+
+def _weight_bytes(request: Request, device: Device) -> int:
+    if request.dtype == "Auto":
+        return 2 if device.kind == "CUDA" else 4
+    return 4 if request.dtype == "Float32" else 2
+
+
+def _states(shape: ModelShape, request: Request, device: Device, strategy: Strategy) -> float:
+    """Weights, gradients and optimizer."""
+    n, w = request.world_size, _weight_bytes(request, device)
+    trained = trainable_parameters(shape, request.tuning)
+    frozen = shape.parameters if request.tuning.type not in ("Full", "Freeze") else shape.parameters - trained
+    weights = w * frozen
+    if request.tuning.type == "QLoRA":
+        weights = 0.52 * shape.linear_parameters + w * (shape.parameters - shape.linear_parameters)
+    gradients, optimizer = 4.0 * trained, 8.0 * trained
+    master = 4.0 * trained
+    if strategy in ("ZeRO1", "ZeRO2", "ZeRO3"):
+        optimizer /= n
+    if strategy in ("ZeRO2", "ZeRO3"):
+        gradients /= n
+    if strategy == "ZeRO3":
+        # What is gathered lives in full precision only while its layer computes: two layers, prefetched and current.
+        weights, master = weights / n + 2 * w * shape.largest_layer_parameters, master / n
+    if request.offload != "None":
+        optimizer = 0.0
+    if request.offload == "OptimizerAndParameters":
+        weights, master = 2.0 * w * shape.largest_layer_parameters, 0.0
+    return weights + gradients + optimizer + master
+
+
+def _activations(shape: ModelShape, request: Request, device: Device, micro: int, checkpointing: bool) -> float:
+    """Activations and logits; the figures of facts are for two-byte values."""
+    scale = _weight_bytes(request, device) / 2
+    tokens = request.sequence_length * micro
+    block = 34 * tokens * shape.hidden_size * scale
+    inner = 2 * tokens * shape.hidden_size * shape.layers * scale + block if checkpointing else block * shape.layers
+    return inner + 10 * tokens * shape.vocab_size
+
+
+def size(shape: ModelShape, request: Request, device: Device) -> Sizing:
+    """The first plan that fits: DDP before ZeRO (it is 1.3-6 times faster where it fits), the lowest stage, recomputation
+    only where needed, then the largest micro-batch. Raises DoesNotFit."""
+    per_rank, rest = divmod(request.global_batch_size, request.world_size)
+    if rest or per_rank == 0:
+        lower = max(1, per_rank) * request.world_size
+        raise DoesNotFit(
+            f"training.globalBatchSize: found {request.global_batch_size}; it must be a multiple of the "
+            f"{request.world_size} processes (workers x gpusPerWorker), for example {lower}"
+        )
+    micros = [m for m in range(min(per_rank, MAX_MICRO_BATCH), 0, -1) if per_rank % m == 0]
+    if request.micro_batch_size:
+        if per_rank % request.micro_batch_size:
+            raise DoesNotFit(
+                f"training.microBatchSize: found {request.micro_batch_size}; it must divide the {per_rank} examples "
+                f"that each process takes of a global batch of {request.global_batch_size}"
+            )
+        micros = [request.micro_batch_size]
+    budget = device.memory_bytes * HEADROOM
+    for strategy in _strategies(request):
+        for checkpointing in (False, True):
+            for micro in micros:
+                need = memory(shape, request, device, strategy, micro, checkpointing)
+                if need <= budget:
+                    return Sizing(
+                        strategy=strategy,
+                        micro_batch_size=micro,
+                        gradient_accumulation=per_rank // micro,
+                        gradient_checkpointing=checkpointing,
+                        offload=request.offload,
+                        memory_per_gpu=need,
+                    )
+    raise DoesNotFit(_advice(shape, request, device, micros[-1]))
+
+
+def _strategies(request: Request) -> tuple[Strategy, ...]:
+    if request.strategy != "Auto":
+        return (request.strategy,)
+    # bitsandbytes' packed weights cannot be partitioned, and one rank has nobody to share with.
+    if request.world_size == 1 or request.tuning.type == "QLoRA":
+        return ("DDP",)
+    return ("DDP", "ZeRO1", "ZeRO2", "ZeRO3")
+
+
+def _advice(shape: ModelShape, request: Request, device: Device, micro: int) -> str:
+    strategies = _strategies(request)
+    least = min(memory(shape, request, device, s, micro, True) for s in strategies)
+    text = (
+        f"{shape.parameters / 1e9:.2f}B parameters with {request.tuning.type} need {_gib(least)} of memory per process at "
+        f"the least ({strategies[-1]}, micro-batch {micro}, {request.sequence_length} tokens); "
+        f"{_gib(device.memory_bytes * HEADROOM)} of {_gib(device.memory_bytes)} can be used"
+    )
+    for words, change in (
+        ("tuning.type QLoRA", {"tuning": Tuning(type="QLoRA", lora=request.tuning.lora), "strategy": "Auto"}),
+        ("distribution.strategy ZeRO3", {"strategy": "ZeRO3"}),
+        (f"training.maxLength {request.sequence_length // 2}", {"sequence_length": request.sequence_length // 2}),
+    ):
+        other = request.model_copy(update=change)
+        if other != request and memory(shape, other, device, _strategies(other)[-1], micro, True) <= (
+            device.memory_bytes * HEADROOM
+        ):
+            return f"{text}; {words} would fit"
+    return f"{text}; a profile with more memory per GPU is needed"
+
+
+def _gib(amount: float) -> str:
+    return f"{amount / 1024**3:.1f} GiB"

@@ -1,0 +1,69 @@
+"""What is modelled and not yet built: refused with a sentence, by `finetune lint` and by the operator alike."""
+
+from collections.abc import Iterator
+
+from finetune_api.job import FineTuneJobSpec
+from finetune_api.model import Problem
+from finetune_api.profile import FineTuneProfileSpec
+
+FORMATS = ("Auto", "Messages", "PromptCompletion", "Instruction", "Text")
+
+
+def unsupported(spec: FineTuneJobSpec) -> list[Problem]:
+    """Fields of a valid spec that this version does not act on, each as a problem."""
+    return list(_unsupported(spec))
+
+
+def _unsupported(spec: FineTuneJobSpec) -> Iterator[Problem]:
+    def refuse(*path: str | int, found: object, allowed: str) -> Problem:
+        return Problem(("spec", *path), f"found {found!r}; this version supports {allowed}")
+
+    if not spec.base_model.uri.startswith("s3://"):
+        yield refuse("baseModel", "uri", found=spec.base_model.uri, allowed="s3:// only")
+    if spec.base_model.adapter_uri:
+        yield refuse("baseModel", "adapterUri", found=spec.base_model.adapter_uri, allowed="no earlier adapter")
+    if spec.method.type != "SFT":
+        yield refuse("method", "type", found=spec.method.type, allowed="SFT only")
+    if spec.tuning.type != "LoRA":
+        yield refuse("tuning", "type", found=spec.tuning.type, allowed="LoRA only")
+    if spec.tuning.lora and spec.tuning.lora.scaling != "Standard":
+        yield refuse("tuning", "lora", "scaling", found=spec.tuning.lora.scaling, allowed="Standard only")
+    if spec.tuning.lora and spec.tuning.lora.initialization != "Default":
+        yield refuse("tuning", "lora", "initialization", found=spec.tuning.lora.initialization, allowed="Default only")
+    for index, dataset in enumerate(spec.datasets):
+        if dataset.format not in FORMATS:
+            yield refuse("datasets", index, "format", found=dataset.format, allowed=", ".join(FORMATS))
+    for name, holdout in (("validation", spec.validation), ("test", spec.test)):
+        if holdout and holdout.datasets:
+            yield refuse(name, "datasets", found=[d.name for d in holdout.datasets], allowed="fraction only")
+    if spec.test:
+        yield refuse("test", found="a test split", allowed="validation only")
+    if spec.training.early_stopping:
+        yield refuse("training", "earlyStopping", found="earlyStopping", allowed="a fixed number of steps")
+    if spec.stages:
+        yield refuse("stages", found=[s.name for s in spec.stages], allowed="one stage, written in spec itself")
+    if extra := [m for m in spec.evaluation.metrics if m not in ("Loss", "Perplexity")]:
+        yield refuse("evaluation", "metrics", found=extra, allowed="Loss and Perplexity")
+    if spec.evaluation.retention:
+        yield refuse("evaluation", "retention", found="retention", allowed="no retention data")
+    if spec.evaluation.gates:
+        yield refuse("evaluation", "gates", found=[g.metric for g in spec.evaluation.gates], allowed="no gates")
+    if spec.output.merged:
+        yield refuse("output", "merged", found=True, allowed="adapters only")
+    if spec.tracking and spec.tracking != type(spec.tracking)():
+        yield refuse("tracking", found="tracking", allowed="metrics in the status and in metrics.jsonl")
+
+
+def unsupported_profile(spec: FineTuneProfileSpec) -> list[Problem]:
+    """The same for a profile: a limit that is not enforced must not be believed."""
+    checks = (
+        ("allowedUris", spec.allowed_uris != type(spec.allowed_uris)(), "no URI prefixes"),
+        ("locked", bool(spec.locked), "no locked fields"),
+        ("budget", spec.budget is not None, "no budget"),
+        ("defaults", spec.defaults is not None, "no defaults"),
+    )
+    return [
+        Problem(("spec", name), f"is not enforced yet; this version supports {allowed}")
+        for name, present, allowed in checks
+        if present
+    ]
