@@ -1,0 +1,54 @@
+"""Where things lie below $FINETUNE_WORK_DIR: the one place that the launcher and the ranks agree on.
+
+    model/                    the base model, as pulled (config.json, *.safetensors, tokenizer files)
+    data/index.json           finetune_api.run.PreparedData
+    data/<Shard.key>          every shard under its key
+    checkpoints/step-…/       checkpoints, being written or being resumed
+    output/                   what is published
+    outcomes/rank-<r>.json    how rank r ended
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class WorkDir:
+    root: Path
+
+    @classmethod
+    def from_env(cls) -> "WorkDir":
+        return cls(Path(os.environ["FINETUNE_WORK_DIR"]))
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model"
+
+    @property
+    def data(self) -> Path:
+        return self.root / "data"
+
+    @property
+    def index(self) -> Path:
+        return self.data / "index.json"
+
+    def shard(self, key: str) -> Path:
+        """The file of a `Shard.key`, which is relative to the prefix of the index."""
+        return self.data / key
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def output(self) -> Path:
+        return self.root / "output"
+
+    @property
+    def outcomes(self) -> Path:
+        return self.root / "outcomes"
+
+    def outcome(self, rank: int) -> Path:
+        """Written by rank `rank` when it ends, read by the launcher."""
+        return self.outcomes / f"rank-{rank}.json"
