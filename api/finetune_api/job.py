@@ -268,7 +268,7 @@ class LocalRef(ApiModel):
 
 
 class Credentials(ApiModel):
-    """Whose rights the pods use at the object store: a Secret's keys or a ServiceAccount's identity, in the job's namespace."""
+    """Whose rights the pods use at the object store: a Secret's keys or a ServiceAccount, in the job's namespace."""
 
     rules: ClassVar = (
         Rule(
@@ -357,7 +357,7 @@ JOB_NAME = r"^[a-z]([-a-z0-9]{0,48}[a-z0-9])?$"
 class JobMeta(ApiModel):
     """What we read of a FineTuneJob's metadata."""
 
-    model_config = ApiModel.model_config | {"extra": "ignore"}  # type: ignore[assignment]
+    model_config = ApiModel.model_config | {"extra": "ignore"}
     name: Annotated[str, StringConstraints(pattern=JOB_NAME)]
     namespace: str = "default"
     uid: str = ""

@@ -88,6 +88,11 @@ class FineTuneJobStatus(ApiModel):
     start_time: datetime.datetime | None = None
     completion_time: datetime.datetime | None = None
     attempts: Annotated[list[Attempt], Field(max_length=256)] = []
+    """The newest 256."""
+    attempt_count: Count | None = None
+    """How many times the gang was started."""
+    gpus: Count | None = None
+    """GPUs (CPU processes where the profile has none) that the gang asks for."""
     trainer_status: TrainerStatus | None = None
     checkpoint: CheckpointStatus | None = None
     data: DataStatus | None = None

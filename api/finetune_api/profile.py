@@ -100,7 +100,7 @@ class FineTuneProfileSpec(ApiModel):
 
 
 class ProfileMeta(ApiModel):
-    model_config = ApiModel.model_config | {"extra": "ignore"}  # type: ignore[assignment]
+    model_config = ApiModel.model_config | {"extra": "ignore"}
     name: Subdomain
     annotations: dict[str, str] = {}
     generation: int = 0

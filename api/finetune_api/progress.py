@@ -1,6 +1,6 @@
 """Progress on the wire: Kubeflow Trainer's format, and our additions to it, all optional.
 
-A stock transformers >= 5.4 Trainer posts `{"trainerStatus": {...}}` by itself; metric values are strings there, and here.
+A stock transformers >= 5.4 Trainer posts `{"trainerStatus": {...}}` by itself; metric values are strings, here too.
 """
 
 import datetime

@@ -1,4 +1,4 @@
-"""What a pod is told (RunConfig), and what `prepare` leaves behind for the gang (PreparedData) and the operator (summary)."""
+"""What a pod is told (RunConfig), and what `prepare` leaves for the gang (PreparedData) and the operator (summary)."""
 
 from typing import Annotated, Literal
 
@@ -33,7 +33,7 @@ class PinnedObject(ApiModel):
 
 
 class Shard(ApiModel):
-    """One parquet file of examples, columns `input_ids` and `labels` (list<int32>, equal length; -100 is not learned)."""
+    """One parquet file of examples: `input_ids` and `labels`, list<int32> of equal length; -100 is not learned."""
 
     key: ShortText
     """Relative to the prefix of the index."""

@@ -119,11 +119,10 @@ def _states(shape: ModelShape, request: Request, device: Device, strategy: Strat
     n, w = request.world_size, _weight_bytes(request, device)
     trained = trainable_parameters(shape, request.tuning)
     frozen = shape.parameters if request.tuning.type not in ("Full", "Freeze") else shape.parameters - trained
-    weights = w * frozen
+    weights = float(w * frozen)
     if request.tuning.type == "QLoRA":
         weights = 0.52 * shape.linear_parameters + w * (shape.parameters - shape.linear_parameters)
-    gradients, optimizer = 4.0 * trained, 8.0 * trained
-    master = 4.0 * trained
+    gradients, optimizer, master = 4.0 * trained, 8.0 * trained, 4.0 * trained
     if strategy in ("ZeRO1", "ZeRO2", "ZeRO3"):
         optimizer /= n
     if strategy in ("ZeRO2", "ZeRO3"):
@@ -148,8 +147,11 @@ def _activations(shape: ModelShape, request: Request, device: Device, micro: int
 
 
 def size(shape: ModelShape, request: Request, device: Device) -> Sizing:
-    """The first plan that fits: DDP before ZeRO (it is 1.3-6 times faster where it fits), the lowest stage, recomputation
-    only where needed, then the largest micro-batch. Raises DoesNotFit."""
+    """The first plan that fits. Raises DoesNotFit.
+
+    DDP comes before ZeRO (it is 1.3-6 times faster where it fits), the lowest stage first, recomputation only where
+    needed, then the largest micro-batch.
+    """
     per_rank, rest = divmod(request.global_batch_size, request.world_size)
     if rest or per_rank == 0:
         lower = max(1, per_rank) * request.world_size
@@ -195,8 +197,8 @@ def _advice(shape: ModelShape, request: Request, device: Device, micro: int) -> 
     strategies = _strategies(request)
     least = min(memory(shape, request, device, s, micro, True) for s in strategies)
     text = (
-        f"{shape.parameters / 1e9:.2f}B parameters with {request.tuning.type} need {_gib(least)} of memory per process at "
-        f"the least ({strategies[-1]}, micro-batch {micro}, {request.sequence_length} tokens); "
+        f"{shape.parameters / 1e9:.2f}B parameters with {request.tuning.type} need {_gib(least)} of memory per process "
+        f"at the least ({strategies[-1]}, micro-batch {micro}, {request.sequence_length} tokens); "
         f"{_gib(device.memory_bytes * HEADROOM)} of {_gib(device.memory_bytes)} can be used"
     )
     for words, change in (
