@@ -208,6 +208,7 @@ def _frozen(path: tuple[str, ...], always: bool) -> dict[str, Any]:
     return {
         "rule": rule,
         "message": f"{dotted} cannot be changed: delete the job and create it anew",
+        "fieldPath": f".{dotted}",
     }
 
 

@@ -240,7 +240,8 @@ class CheckpointInterval(ApiModel):
     union: ClassVar = {"Steps": "steps", "Seconds": "seconds"}
     rules: ClassVar = (
         Rule(
-            "self.type == 'Auto' || (self.type == 'Steps' ? has(self.steps) : has(self.seconds))",
+            # The server checks a default against the rules before it fills it in: `type` may be absent there.
+            "!has(self.type) || self.type == 'Auto' || (self.type == 'Steps' ? has(self.steps) : has(self.seconds))",
             "steps is required where type is Steps, seconds where it is Seconds",
             lambda self: self.type == "Auto" or (self.steps if self.type == "Steps" else self.seconds) is not None,
         ),

@@ -30,6 +30,13 @@ class Rule(NamedTuple):
     cel: str
     message: str
     check: Callable[[Any], bool]
+    field: str | None = None
+    """The member that the API server's error shall name, in JSON's spelling."""
+
+    def to_cel(self) -> dict[str, str]:
+        """The rule as an entry of x-kubernetes-validations."""
+        entry = {"rule": self.cel, "message": self.message}
+        return entry | {"fieldPath": f".{self.field}"} if self.field else entry
 
 
 class Problem(NamedTuple):
@@ -72,7 +79,7 @@ class ApiModel(BaseModel):
         """The JSON schema with the rules in it, as the API server reads them."""
         described = handler.resolve_ref_schema(handler(schema))
         if rules := cls.all_rules():
-            described["x-kubernetes-validations"] = [{"rule": r.cel, "message": r.message} for r in rules]
+            described["x-kubernetes-validations"] = [rule.to_cel() for rule in rules]
         return described
 
     def to_json(self) -> dict[str, Any]:
@@ -86,6 +93,7 @@ def _member_rule(member: str, union: Mapping[str, str]) -> Rule:
         cel=f"!has(self.{to_camel(member)}) || self.type in [{', '.join(repr(o) for o in owners)}]",
         message=f"{to_camel(member)} is allowed only where type is {' or '.join(owners)}",
         check=lambda self: getattr(self, member) is None or self.type in owners,
+        field=to_camel(member),
     )
 
 

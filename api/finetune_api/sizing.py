@@ -1,8 +1,8 @@
 """Does it fit, and how: model shape + method + GPU -> strategy, micro-batch, memory; or a sentence on what would fit.
 
 Formulas: bytes per GPU for P parameters of which T are trained, over N ranks (ZeRO: Rajbhandari et al. 2020;
-activations: Korthikanti et al. 2022), with w bytes a weight, and 16 bytes for each trained parameter (fp32 copy,
-gradient and Adam's two moments). Estimates are of peak memory, before allocator fragmentation, which HEADROOM covers.
+activations: Korthikanti et al. 2022), with w bytes a weight, and 16 bytes for each trained parameter (fp32 weight and
+gradient, Adam's two moments). Estimates are of peak memory, before allocator fragmentation, which HEADROOM covers.
 """
 
 from typing import Annotated, Literal
@@ -122,19 +122,20 @@ def _states(shape: ModelShape, request: Request, device: Device, strategy: Strat
     weights = float(w * frozen)
     if request.tuning.type == "QLoRA":
         weights = 0.52 * shape.linear_parameters + w * (shape.parameters - shape.linear_parameters)
-    gradients, optimizer, master = 4.0 * trained, 8.0 * trained, 4.0 * trained
-    if strategy in ("ZeRO1", "ZeRO2", "ZeRO3"):
-        optimizer /= n
+    if strategy == "DDP":
+        return weights + 16.0 * trained
+    # ZeRO computes with a copy in the model's precision; the fp32 copy and Adam's moments are split over the ranks.
+    copy, gradients, optimizer = float(w * trained), float(w * trained), 12.0 * trained / n
     if strategy in ("ZeRO2", "ZeRO3"):
         gradients /= n
     if strategy == "ZeRO3":
-        # What is gathered lives in full precision only while its layer computes: two layers, prefetched and current.
-        weights, master = weights / n + 2 * w * shape.largest_layer_parameters, master / n
+        # Beyond its share, a rank holds the layer that computes and the one that is fetched ahead.
+        weights, copy = weights / n + 2 * w * shape.largest_layer_parameters, copy / n
     if request.offload != "None":
         optimizer = 0.0
     if request.offload == "OptimizerAndParameters":
-        weights, master = 2.0 * w * shape.largest_layer_parameters, 0.0
-    return weights + gradients + optimizer + master
+        weights, copy = 2.0 * w * shape.largest_layer_parameters, 0.0
+    return weights + copy + gradients + optimizer
 
 
 def _activations(shape: ModelShape, request: Request, device: Device, micro: int, checkpointing: bool) -> float:

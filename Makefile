@@ -1,0 +1,50 @@
+# Every target does its own set-up; `setup` does nothing where nothing changed.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+STAMP := .venv/installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.PHONY: setup demo test test-unit verify generate lint bench bench-operator clean
+
+setup: $(STAMP)
+
+# torch comes first and alone: resolved together with others, a newer CUDA build could be chosen. DeepSpeed's sdist
+# imports torch while it builds, so it is built in this environment, without its CUDA operators.
+$(STAMP):
+	$(PYTHON) -m venv .venv
+	$(PIP) setuptools wheel packaging hatchling
+	$(PIP) torch==2.13.0
+	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
+	$(PIP) --no-build-isolation --editable '.[trainer,sandbox,dev]'
+	@rm -f .venv/installed-* && touch $@
+
+demo: setup
+	$(BIN)/python examples/demo/run.py
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-unit: setup
+	$(BIN)/python -m pytest tests/unit tests/contract
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+generate: setup
+	$(BIN)/finetune crds --directory crds
+	cp crds/*.yaml charts/finetune-operator/crds/
+
+verify: lint generate
+	git diff --exit-code -- crds charts
+	@test -z "$$(git status --porcelain -- crds charts)" || (git status --short -- crds charts; exit 1)
+
+bench: bench-operator
+
+bench-operator: setup
+	$(BIN)/python benchmarks/operator/bench.py --jobs 200 2000 --idle 10000
+
+clean:
+	rm -rf .venv .sandbox build dist
