@@ -1,0 +1,276 @@
+"""The API server, as the rest of the operator sees it. The only module that talks to it.
+
+Objects are plain dicts as the server sends them: the client's typed models refuse quantities that are numbers and cost
+time and memory. Reads are live (no cache): a LIST that failed raises, because unknown is not absent.
+"""
+
+import asyncio
+import json
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any, Literal, NamedTuple, Protocol
+from urllib.parse import urlencode
+
+import aiohttp
+from kubernetes.aio.client.api_client import ApiClient
+from kubernetes.aio.client.configuration import Configuration
+
+from finetune_api import API_VERSION
+
+Object = dict[str, Any]
+"""A Kubernetes object as JSON."""
+
+FIELD_MANAGER = "finetune-operator"
+JOB_LABEL = "finetune.dev/job-name"
+PAGE = 500
+
+
+class ApiError(Exception):
+    """The API server refused: `status` is the HTTP code (0: it was not reached), `reason` that of metav1.Status."""
+
+    def __init__(self, status: int, reason: str, message: str) -> None:
+        super().__init__(f"{status} {reason}: {message}")
+        self.status = status
+        self.reason = reason
+
+
+class Kind(NamedTuple):
+    """Where objects of a kind live."""
+
+    api: str
+    plural: str
+    namespaced: bool = True
+
+
+KINDS: Mapping[str, Kind] = {
+    "FineTuneJob": Kind(f"/apis/{API_VERSION}", "finetunejobs"),
+    "FineTuneProfile": Kind(f"/apis/{API_VERSION}", "finetuneprofiles", namespaced=False),
+    "Job": Kind("/apis/batch/v1", "jobs"),
+    "Pod": Kind("/api/v1", "pods"),
+    "Service": Kind("/api/v1", "services"),
+    "ConfigMap": Kind("/api/v1", "configmaps"),
+    "Event": Kind("/api/v1", "events"),
+    "TokenReview": Kind("/apis/authentication.k8s.io/v1", "tokenreviews", namespaced=False),
+}
+
+
+class TokenUser(NamedTuple):
+    """Whose token it is, by TokenReview."""
+
+    username: str
+    pod_name: str | None
+    """None where the token is bound to no pod."""
+    pod_uid: str | None
+
+
+class Cluster(Protocol):
+    """What the operator asks of a cluster. Methods raise ApiError where the server refuses or cannot be reached."""
+
+    async def get(self, kind: str, namespace: str | None, name: str) -> Object | None:
+        """The object, or None where it does not exist."""
+
+    async def list_children(self, kind: str, namespace: str, job: str) -> list[Object]:
+        """Objects of the kind that carry this FineTuneJob's label, whoever owns them."""
+
+    async def list_profiles(self) -> list[Object]: ...
+
+    def list_keys(self, namespaces: tuple[str, ...]) -> AsyncIterator[tuple[str, str]]:
+        """(namespace, name) of every FineTuneJob, page by page; no namespaces: all."""
+
+    async def create(self, manifest: Object) -> Object:
+        """Creates the object. ApiError's reason is AlreadyExists where the name is taken."""
+
+    async def delete(self, kind: str, namespace: str, name: str, uid: str, resource_version: str | None = None) -> bool:
+        """Deletes exactly this object, its dependants in the background. False: it was gone, or is another by now."""
+
+    async def patch_status(self, namespace: str, name: str, uid: str, patch: Object) -> bool:
+        """One merge patch of a FineTuneJob's status. False: the job is gone, or is another by now."""
+
+    async def post_event(self, event: Object) -> None:
+        """Creates an Event, or counts up the one of the same name."""
+
+    # For the progress server.
+
+    async def token_review(self, token: str, audiences: tuple[str, ...]) -> TokenUser | None:
+        """The token's user, or None where the token is not valid for one of the audiences."""
+
+    async def get_pod(self, namespace: str, name: str) -> Object | None: ...
+
+    async def get_job(self, namespace: str, name: str) -> Object | None:
+        """The FineTuneJob, or None."""
+
+    async def patch_trainer_status(self, namespace: str, name: str, uid: str, trainer_status: Object) -> bool:
+        """Merge-patches status.trainerStatus and nothing else. False: the job is gone, or is another by now."""
+
+
+Method = Literal["GET", "POST", "PATCH", "DELETE"]
+RETRIED = (429, 502, 503, 504)
+"""Codes that say `later`: nothing was done, or doing it twice does no harm, since names and UIDs are fixed."""
+
+
+class KubeCluster:
+    """`Cluster` over HTTP. One per event loop; `close` it."""
+
+    def __init__(
+        self,
+        configuration: Configuration,
+        *,
+        timeout: float = 30.0,
+        attempts: int = 5,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        on_success: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`timeout`: seconds for one request. `attempts`: tries of one call while the server says 429 or 5xx."""
+        self._client = ApiClient(configuration)
+        self._client.user_agent = FIELD_MANAGER
+        self._host: str = configuration.host
+        self._timeout = aiohttp.ClientTimeout(total=timeout, connect=min(10.0, timeout))
+        self._attempts = attempts
+        self._sleep = sleep
+        self._on_success = on_success
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    async def get(self, kind: str, namespace: str | None, name: str) -> Object | None:
+        try:
+            return await self._call("GET", _path(kind, namespace, name))
+        except ApiError as error:
+            if error.status == 404 and error.reason == "NotFound":
+                return None
+            raise
+
+    async def list_children(self, kind: str, namespace: str, job: str) -> list[Object]:
+        pages = self._pages(_path(kind, namespace), {"labelSelector": f"{JOB_LABEL}={job}"})
+        return [item async for page in pages for item in page]
+
+    async def list_profiles(self) -> list[Object]:
+        return [item async for page in self._pages(_path("FineTuneProfile", None), {}) for item in page]
+
+    async def list_keys(self, namespaces: tuple[str, ...]) -> AsyncIterator[tuple[str, str]]:
+        for namespace in namespaces or (None,):
+            async for page in self._pages(_path("FineTuneJob", namespace), {}):
+                for item in page:
+                    yield item["metadata"]["namespace"], item["metadata"]["name"]
+
+    async def create(self, manifest: Object) -> Object:
+        path = _path(manifest["kind"], manifest["metadata"]["namespace"])
+        return await self._call("POST", path, {"fieldManager": FIELD_MANAGER}, manifest)
+
+    async def delete(self, kind: str, namespace: str, name: str, uid: str, resource_version: str | None = None) -> bool:
+        preconditions = {"uid": uid} | ({"resourceVersion": resource_version} if resource_version else {})
+        options = {
+            "kind": "DeleteOptions",
+            "apiVersion": "v1",
+            "propagationPolicy": "Background",
+            "preconditions": preconditions,
+        }
+        return await self._unless_gone(self._call("DELETE", _path(kind, namespace, name), {}, options))
+
+    async def patch_status(self, namespace: str, name: str, uid: str, patch: Object) -> bool:
+        # The UID makes the server refuse a patch that was meant for an earlier job of the same name.
+        body = {"metadata": {"uid": uid}, "status": patch}
+        path = _path("FineTuneJob", namespace, name) + "/status"
+        return await self._unless_gone(self._call("PATCH", path, {"fieldManager": FIELD_MANAGER}, body))
+
+    async def post_event(self, event: Object) -> None:
+        namespace, name = event["metadata"]["namespace"], event["metadata"]["name"]
+        try:
+            await self.create(event)
+        except ApiError as error:
+            if error.reason != "AlreadyExists":
+                raise
+            known = await self.get("Event", namespace, name) or event
+            again = {"count": known.get("count", 1) + 1, "lastTimestamp": event["lastTimestamp"]}
+            await self._call("PATCH", _path("Event", namespace, name), {"fieldManager": FIELD_MANAGER}, again)
+
+    async def token_review(self, token: str, audiences: tuple[str, ...]) -> TokenUser | None:
+        review = {
+            "apiVersion": "authentication.k8s.io/v1",
+            "kind": "TokenReview",
+            "spec": {"token": token, "audiences": list(audiences)},
+        }
+        status = (await self._call("POST", _path("TokenReview", None), {}, review)).get("status", {})
+        # A server that knows nothing of audiences answers without them: that is a refusal too.
+        if not status.get("authenticated") or not set(audiences) & set(status.get("audiences") or ()):
+            return None
+        extra = status["user"].get("extra") or {}
+        pod_name, pod_uid = (
+            next(iter(extra.get(f"authentication.kubernetes.io/{key}") or ()), None) for key in ("pod-name", "pod-uid")
+        )
+        return TokenUser(status["user"].get("username", ""), pod_name, pod_uid)
+
+    async def get_pod(self, namespace: str, name: str) -> Object | None:
+        return await self.get("Pod", namespace, name)
+
+    async def get_job(self, namespace: str, name: str) -> Object | None:
+        return await self.get("FineTuneJob", namespace, name)
+
+    async def patch_trainer_status(self, namespace: str, name: str, uid: str, trainer_status: Object) -> bool:
+        return await self.patch_status(namespace, name, uid, {"trainerStatus": trainer_status})
+
+    async def _pages(self, path: str, query: dict[str, str]) -> AsyncIterator[list[Object]]:
+        token = ""
+        while True:
+            page = await self._call("GET", path, query | {"limit": str(PAGE)} | ({"continue": token} if token else {}))
+            yield page["items"]
+            token = page.get("metadata", {}).get("continue") or ""
+            if not token:
+                return
+
+    async def _unless_gone(self, call: Awaitable[Object]) -> bool:
+        try:
+            await call
+        except ApiError as error:
+            if error.status in (404, 409):
+                return False
+            raise
+        return True
+
+    async def _call(
+        self, method: Method, path: str, query: Mapping[str, str] | None = None, body: Object | None = None
+    ) -> Object:
+        """One request, again while the server says so: after Retry-After seconds where it names them."""
+        for attempt in range(1, self._attempts + 1):
+            try:
+                status, headers, data = await self._send(method, path, query, body)
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                raise ApiError(0, "Unreachable", f"{method} {path}: {error or type(error).__name__}") from error
+            if status not in RETRIED or attempt == self._attempts:
+                return self._result(method, path, status, data)
+            await self._sleep(_delay(headers.get("Retry-After"), attempt))
+        raise AssertionError("unreachable")
+
+    async def _send(
+        self, method: Method, path: str, query: Mapping[str, str] | None, body: Object | None
+    ) -> tuple[int, Mapping[str, str], bytes]:
+        headers = {"Accept": "application/json", "User-Agent": FIELD_MANAGER}
+        if method == "PATCH":
+            headers["Content-Type"] = "application/merge-patch+json"
+        url = self._host + path + (f"?{urlencode(query)}" if query else "")
+        # The client's own part: bearer tokens that are refreshed from their file, client certificates, proxies.
+        await self._client.update_params_for_auth(headers, [], ["BearerToken"], path, method, body)
+        response = await self._client.call_api(method, url, headers, body, _request_timeout=self._timeout)
+        return response.status, response.headers, await response.read()
+
+    def _result(self, method: Method, path: str, status: int, data: bytes) -> Object:
+        try:
+            answer = json.loads(data) if data else {}
+        except ValueError:
+            answer = {"message": data[:200].decode(errors="replace")}
+        if not 200 <= status < 300:
+            raise ApiError(status, answer.get("reason") or str(status), f"{method} {path}: {answer.get('message', '')}")
+        self._on_success()
+        return answer
+
+
+def _path(kind: str, namespace: str | None, name: str | None = None) -> str:
+    api, plural, namespaced = KINDS[kind]
+    scope = f"/namespaces/{namespace}" if namespaced and namespace else ""
+    return f"{api}{scope}/{plural}" + (f"/{name}" if name else "")
+
+
+def _delay(retry_after: str | None, attempt: int) -> float:
+    """Seconds until the next try. Jitter keeps many operators and keys from coming back at once."""
+    least = float(retry_after) if retry_after and retry_after.isdigit() else 0.25 * 2.0**attempt
+    return min(least, 30.0) * random.uniform(1.0, 1.25)
