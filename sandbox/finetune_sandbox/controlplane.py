@@ -22,7 +22,7 @@ from typing import Self
 import aiohttp
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from finetune_sandbox.pki import Authority, private_pem, public_pem, write_kubeconfig, write_private
+from finetune_sandbox.certificates import Authority, private_pem, public_pem, write_kubeconfig, write_private
 
 ASSETS_VARIABLE = "KUBEBUILDER_ASSETS"
 REQUIRED = ("etcd", "kube-apiserver", "kube-controller-manager")
