@@ -1,0 +1,37 @@
+"""What all pods of one process node share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from finetune_sandbox.cgroup import MemoryGroups
+from finetune_sandbox.client import Client, Recorder
+from finetune_sandbox.devices import Devices
+from finetune_sandbox.podstatus import timestamp
+
+
+@dataclass(frozen=True)
+class Host:
+    """`seed` tells clusters on one machine apart; `niceness` is added to containers, so that they do not starve
+    the control plane beside them; durations are in seconds."""
+
+    client: Client
+    recorder: Recorder
+    node: str
+    address: str
+    seed: str
+    allocatable: dict[str, str]
+    directory: Path
+    memory_directory: Path
+    devices: Devices
+    groups: MemoryGroups
+    niceness: int = 5
+    retry: float = 2.0
+    crash_backoff: float = 10.0
+    crash_backoff_max: float = 300.0
+
+
+def now() -> str:
+    return timestamp(datetime.now(UTC))

@@ -1,0 +1,107 @@
+"""A container's output: from its file, and over HTTPS as a kubelet serves it to an API server."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Protocol
+
+from aiohttp import web
+
+from finetune_sandbox.certificates import Authority
+
+_CHUNK = 64 * 1024
+_POLL_SECONDS = 0.1
+
+
+class LogSource(Protocol):
+    def stream(
+        self, namespace: str, pod: str, container: str, follow: bool, tail_lines: int | None
+    ) -> AsyncIterator[bytes]:
+        """Raises LookupError where the node runs no such container."""
+        ...
+
+
+def tail_offset(path: Path, lines: int | None) -> int:
+    """Where the last `lines` lines of a file begin, in bytes; None is all of it."""
+    if lines is None:
+        return 0
+    with path.open("rb") as file:
+        end = position = file.seek(0, 2)
+        found = b""
+        while position > 0 and found.count(b"\n") <= lines:
+            position = max(position - _CHUNK, 0)
+            file.seek(position)
+            found = file.read(end - position)
+    wanted = found.splitlines(keepends=True)[-lines:] if lines else []
+    return end - sum(len(line) for line in wanted)
+
+
+async def follow_file(path: Path, offset: int, running: Callable[[], bool]) -> AsyncIterator[bytes]:
+    """The file from `offset`, and what is appended while `running()`."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        while True:
+            alive = running()  # asked before reading: what was written before the end is still read
+            while chunk := file.read(_CHUNK):
+                yield chunk
+            if not alive:
+                return
+            await asyncio.sleep(_POLL_SECONDS)
+
+
+class LogServer:
+    """`GET /containerLogs/{namespace}/{pod}/{container}?follow&tailLines` on a loopback port, for the API server.
+
+    It authenticates nobody, therefore it listens on loopback only.
+    """
+
+    def __init__(self, source: LogSource, address: str) -> None:
+        self._source = source
+        self._address = address
+        self._runner: web.AppRunner | None = None
+        self.port = 0
+
+    async def start(self) -> None:
+        application = web.Application()
+        application.router.add_get("/containerLogs/{namespace}/{pod}/{container}", self._logs)
+        self._runner = web.AppRunner(application, access_log=None, shutdown_timeout=0.1)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, self._address, 0, ssl_context=_serving_context(self._address))
+        await site.start()
+        self.port = self._runner.addresses[0][1]
+
+    async def stop(self) -> None:
+        if self._runner:
+            await self._runner.cleanup()
+
+    async def _logs(self, request: web.Request) -> web.StreamResponse:
+        path = request.match_info
+        tail = request.query.get("tailLines")
+        follow = request.query.get("follow") == "true"
+        stream = self._source.stream(
+            path["namespace"], path["pod"], path["container"], follow, int(tail) if tail else None
+        )
+        response = web.StreamResponse(headers={"Content-Type": "text/plain"})
+        try:
+            first = await anext(stream, b"")
+        except LookupError as error:
+            return web.Response(status=404, text=str(error))
+        await response.prepare(request)
+        await response.write(first)
+        async for chunk in stream:
+            await response.write(chunk)
+        return response
+
+
+def _serving_context(address: str) -> ssl.SSLContext:
+    issued = Authority("finetune-process-node").issue("finetune-process-node", hosts=(address,))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    with tempfile.NamedTemporaryFile() as file:  # mode 0600; the ssl module reads certificates from files only
+        file.write(issued.certificate + issued.key)
+        file.flush()
+        context.load_cert_chain(file.name)
+    return context
