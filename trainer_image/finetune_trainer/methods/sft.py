@@ -1,0 +1,50 @@
+"""Supervised fine-tuning on the Hugging Face Trainer, over our own batches.
+
+The Trainer brings gradient accumulation, clipping, mixed precision, DDP and DeepSpeed. Order, batches and the loss's
+denominator are ours: the loss of a step is the mean over the learned tokens of the whole global batch, so that neither
+the number of ranks nor the micro-batch changes what is learned.
+"""
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from finetune_trainer.batches import Batch, MicroBatches
+from finetune_trainer.evaluate import token_losses
+
+
+class SFTTrainer(Trainer):  # type: ignore[misc]
+    def __init__(
+        self, model: Any, args: TrainingArguments, batches: MicroBatches, callbacks: list[TrainerCallback]
+    ) -> None:
+        super().__init__(model=model, args=args, callbacks=callbacks)
+        self.batches = batches
+        self.loss_is_scaled_for_ga = True
+
+    def get_train_dataloader(self) -> MicroBatches:  # sharded already: accelerate must not shard it again
+        return self.batches
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], torch.Tensor | None]:
+        """The micro-batches of one optimizer step, and the learned tokens of the whole global batch: known without asking."""
+        batches = list(islice(epoch_iterator, num_batches))
+        items = [batch.pop("num_items") for batch in batches]
+        return batches, items[0] if items else None
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> Any:
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        assert num_items_in_batch is not None
+        # DDP and ZeRO average gradients over the ranks; the denominator is the whole batch's already.
+        loss = token_losses(outputs.logits, labels) * self.batches.world_size / num_items_in_batch.item()
+        return (loss, outputs) if return_outputs else loss
