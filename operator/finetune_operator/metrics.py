@@ -1,0 +1,156 @@
+"""Prometheus metrics of the operator: every label has a bounded set of values, and no series is of a single job."""
+
+from collections import Counter as Tally
+from collections.abc import Hashable
+from types import TracebackType
+from typing import Self, get_args
+
+from aiohttp import web
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+)
+from prometheus_client.exposition import choose_encoder
+
+from finetune_api.jobstatus import State
+
+STATES: tuple[str, ...] = get_args(State)
+OTHER = "other"
+_PREFIX = "finetune_operator_"
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+
+class Vocabulary:
+    """The first `limit` values of a label as they are, every later one as `other`: nothing floods the registry."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._known: set[str] = set()
+
+    def word(self, value: object) -> str:
+        text = str(value)
+        if text not in self._known:
+            if len(self._known) >= self._limit:
+                return OTHER
+            self._known.add(text)
+        return text
+
+
+class Metrics:
+    """One registry and its instruments. Not thread-safe: it belongs to the event loop of the operator."""
+
+    def __init__(self) -> None:
+        registry = self.registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        PlatformCollector(registry=registry)
+        GCCollector(registry=registry)
+        self._reconciles = Counter(_PREFIX + "reconciles", "Reconciles by result.", ["result"], registry=registry)
+        self._reconcile_seconds = Histogram(
+            _PREFIX + "reconcile_seconds", "Duration of a reconcile.", registry=registry, buckets=_SECONDS
+        )
+        self._errors = Counter(_PREFIX + "reconcile_errors", "Failed reconciles by kind.", ["kind"], registry=registry)
+        self.queue_depth = Gauge(_PREFIX + "queue_depth", "Keys that wait for a reconcile.", registry=registry)
+        """`set_function(lambda: len(queue))` reads it when it is scraped."""
+        self.queue_adds = Counter(_PREFIX + "queue_adds", "Keys put on the queue.", registry=registry)
+        self.queue_retries = Counter(_PREFIX + "queue_retries", "Keys put back after an error.", registry=registry)
+        self._api_requests = Counter(
+            _PREFIX + "api_requests", "Requests to the API server.", ["verb", "resource", "code"], registry=registry
+        )
+        self._api_seconds = Histogram(
+            _PREFIX + "api_request_seconds",
+            "Duration of a request to the API server.",
+            ["verb"],
+            registry=registry,
+            buckets=_SECONDS,
+        )
+        self._jobs = Gauge(_PREFIX + "jobs", "FineTuneJobs by state.", ["state"], registry=registry)
+        self._reports = Counter(
+            _PREFIX + "progress_reports", "Progress reports by result.", ["result"], registry=registry
+        )
+        self._progress_writes = Counter(
+            _PREFIX + "progress_writes", "Writes of status.trainerStatus by result.", ["result"], registry=registry
+        )
+        self._states: dict[Hashable, str] = {}
+        self._words = {name: Vocabulary(limit) for name, limit in _LIMITS.items()}
+        for state in STATES:
+            self._jobs.labels(state).set(0)
+
+    def reconciled(self, seconds: float, error: BaseException | None = None) -> None:
+        """One reconcile that took so long, and what it raised."""
+        self._reconciles.labels("error" if error else "success").inc()
+        self._reconcile_seconds.observe(seconds)
+        if error:
+            self._errors.labels(self._words["kind"].word(type(error).__name__)).inc()
+
+    def api_call(self, verb: str, resource: str, code: int | str, seconds: float) -> None:
+        """One request; `code` is the HTTP status, or a word such as `timeout` where there was no answer."""
+        verb = self._words["verb"].word(verb)
+        labels = verb, self._words["resource"].word(resource), self._words["code"].word(code)
+        self._api_requests.labels(*labels).inc()
+        self._api_seconds.labels(verb).observe(seconds)
+
+    def job_state(self, key: Hashable, state: str | None) -> None:
+        """The state of one job now; None = the job is gone, and what it was counted in forgets it."""
+        before = self._states.pop(key, None)
+        if state is not None:
+            state = self._states[key] = state if state in STATES else OTHER
+        if before == state:
+            return
+        if before is not None:
+            self._jobs.labels(before).dec()
+        if state is not None:
+            self._jobs.labels(state).inc()
+
+    def jobs_by_state(self) -> dict[str, int]:
+        """What the gauge counts, from the jobs themselves."""
+        return dict(Tally(self._states.values()))
+
+    def report(self, result: str) -> None:
+        """One answered progress report: `accepted`, or the reason of its refusal."""
+        self._reports.labels(self._words["result"].word(result)).inc()
+
+    def progress_write(self, result: str) -> None:
+        """One try to write status.trainerStatus: `written`, `failed`, `dropped`."""
+        self._progress_writes.labels(self._words["write"].word(result)).inc()
+
+
+_LIMITS = {"kind": 32, "verb": 8, "resource": 16, "code": 32, "result": 16, "write": 8}
+
+
+class MetricsServer:
+    """Answers `GET /metrics` in plain HTTP. `async with MetricsServer(metrics, host, port) as server: server.port`."""
+
+    def __init__(self, metrics: Metrics, host: str = "0.0.0.0", port: int = 0) -> None:
+        self._metrics = metrics
+        self._runner = web.ServerRunner(web.Server(self._answer, access_log=None, keepalive_timeout=75.0))
+        self._host = host
+        self.port = port
+
+    async def __aenter__(self) -> Self:
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, self._host, self.port)
+        try:
+            await site.start()
+        except OSError:
+            await self._runner.cleanup()
+            raise
+        self.port = self._runner.addresses[0][1]
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._runner.cleanup()
+
+    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        if request.path != "/metrics":
+            return web.Response(status=404, text="the only path is /metrics\n")
+        if request.method not in ("GET", "HEAD"):
+            return web.Response(status=405, headers={"Allow": "GET, HEAD"}, text="use GET\n")
+        encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+        return web.Response(body=encode(self._metrics.registry), headers={"Content-Type": content_type})

@@ -1,0 +1,281 @@
+"""The server that trainers report to: Kubeflow Trainer's wire format over TLS, for pods of a job's current attempt.
+
+`POST /apis/finetune.dev/v1alpha1/namespaces/{namespace}/finetunejobs/{name}/status` with `{"trainerStatus": {…}}` and a
+bearer token answers 200 and `{}`; a refusal is a metav1.Status. Any replica takes any report.
+"""
+
+import asyncio
+import datetime
+import logging
+import math
+import re
+import ssl
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+from pydantic import ValidationError
+
+from finetune_api import API_VERSION
+from finetune_api.model import problems_of
+from finetune_api.progress import ProgressReport, TrainerStatus
+from finetune_operator import tls
+from finetune_operator.cluster import ApiError
+from finetune_operator.metrics import Metrics
+from finetune_operator.progress_auth import Authenticator, ProgressCluster, Refused, check_pod, current_attempt
+from finetune_operator.progress_state import Buckets, JobKey, ProgressBook
+from finetune_operator.progress_writer import ProgressWriter
+
+logger = logging.getLogger(__name__)
+
+MAX_BODY = 64 * 1024
+MAX_COUNT = 2**53
+"""Beyond it a JSON number is not exact, and no count of ours gets there."""
+TLS_REFRESH_SECONDS = 300.0
+_PATH = re.compile(rf"/apis/{API_VERSION}/namespaces/([a-z0-9-]{{1,63}})/finetunejobs/([a-z0-9.-]{{1,253}})/status")
+
+
+@dataclass(frozen=True)
+class ProgressOptions:
+    """`tls_folder`, `hosts`: see `tls.ensure`. Times are in seconds."""
+
+    tls_folder: Path
+    hosts: tuple[str, ...]
+    host: str = "0.0.0.0"
+    port: int = 8443
+    """0: chosen by the kernel."""
+    write_interval: float = 5.0
+    reports_per_second: float = 1.0
+    """Of one job, in the long run; `burst` at once."""
+    burst: float = 10.0
+    strangers_per_second: float = 20.0
+    """Requests of one address with a token that is not known yet: each costs a TokenReview."""
+    stranger_burst: float = 100.0
+    max_connections: int = 1024
+    request_seconds: float = 15.0
+    """From the connection's first byte to the answer's last."""
+    call_seconds: float = 4.0
+    """For the API server's part of a request: a stock Trainer gives up after five."""
+
+
+class _Connections(web.Server):
+    """At most `limit` connections, each for `seconds` in all: whoever dawdles over headers or body is cut off."""
+
+    def __init__(self, handler: Any, *, limit: int, seconds: float) -> None:
+        super().__init__(handler, handler_cancellation=True, access_log=None, auto_decompress=False, lingering_time=2.0)
+        self._limit, self._seconds = limit, seconds
+        self._deadlines: dict[web.RequestHandler, asyncio.TimerHandle] = {}
+
+    def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
+        super().connection_made(handler, transport)
+        seconds = self._seconds if len(self._deadlines) < self._limit else 0.0
+        self._deadlines[handler] = asyncio.get_running_loop().call_later(seconds, transport.abort)
+
+    def connection_lost(self, handler: web.RequestHandler, exc: BaseException | None = None) -> None:
+        self._deadlines.pop(handler).cancel()
+        super().connection_lost(handler, exc)
+
+
+class ProgressServer:
+    """`start` it, then `url(namespace, name)` is where a job's trainer reports; `stop` writes what waits."""
+
+    def __init__(
+        self,
+        cluster: ProgressCluster,
+        options: ProgressOptions,
+        metrics: Metrics,
+        *,
+        monotonic: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`monotonic`, `clock`: seconds; the latter since the epoch."""
+        self._cluster, self._options, self._metrics = cluster, options, metrics
+        self._monotonic, self._clock = monotonic, clock
+        self._authenticator = Authenticator(cluster, clock=clock)
+        self._jobs = Buckets(options.reports_per_second, options.burst)
+        self._strangers = Buckets(options.strangers_per_second, options.stranger_burst)
+        self._writer = ProgressWriter(
+            cluster,
+            ProgressBook(options.write_interval),
+            metrics,
+            monotonic=monotonic,
+            call_seconds=options.call_seconds * 2,
+        )
+        self._tasks: list[asyncio.Task[None]] = []
+        self.port = options.port
+
+    async def start(self) -> None:
+        """Listens. Raises tls.TlsError, OSError."""
+        files = self._ensure_certificate()
+        context = files.context()
+        self._connections = _Connections(
+            self._answer, limit=self._options.max_connections, seconds=self._options.request_seconds
+        )
+        self._server = await asyncio.get_running_loop().create_server(
+            self._connections,
+            self._options.host,
+            self._options.port,
+            ssl=context,
+            ssl_handshake_timeout=5.0,
+            ssl_shutdown_timeout=2.0,
+            backlog=512,
+        )
+        self.port = self._server.sockets[0].getsockname()[1]
+        self._tasks = [
+            asyncio.create_task(self._writer.run(), name="progress writer"),
+            asyncio.create_task(self._refresh_certificate(context, files), name="progress certificate"),
+        ]
+
+    async def stop(self) -> None:
+        """Takes no more, and writes what waits."""
+        self._server.close()
+        self._connections.pre_shutdown()
+        await self._connections.shutdown(timeout=2.0)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._writer.drain()
+
+    def _ensure_certificate(self) -> tls.TlsFiles:
+        now = datetime.datetime.fromtimestamp(self._clock(), datetime.UTC)
+        return tls.ensure(self._options.tls_folder, self._options.hosts, now)
+
+    async def _refresh_certificate(self, context: ssl.SSLContext, files: tls.TlsFiles) -> None:
+        """Serves what was renewed, by us or by whoever fills the folder."""
+        version = files.version()
+        while True:
+            await asyncio.sleep(TLS_REFRESH_SECONDS)
+            try:
+                files = self._ensure_certificate()
+                if files.version() != version:
+                    files.load(context)
+                    version = files.version()
+                    logger.info("the progress server's certificate was renewed")
+            except (tls.TlsError, OSError) as error:
+                logger.error("the progress server's certificate could not be renewed: %s", error)
+
+    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        try:
+            await self._take(request)
+        except Exception as error:
+            refusal = _refusal(error)
+            result, response = refusal.reason, _status(refusal)
+        else:
+            result, response = "accepted", web.json_response({})
+        self._metrics.report(result)
+        response.force_close()
+        return response
+
+    async def _take(self, request: web.BaseRequest) -> None:
+        """Checks a request from the cheap to the dear, the body last. Raises Refused."""
+        key = _key(request)
+        token = _bearer(request)
+        identity = self._authenticator.known(key, token)
+        # Who holds a good token pays from the job's bucket; nobody else can empty it.
+        buckets, payer = (self._jobs, key) if identity else (self._strangers, request.remote)
+        if wait := buckets.take(payer, self._monotonic()):
+            raise Refused(429, "TooManyRequests", f"too many reports; the next one in {wait:.1f} s", wait)
+        async with asyncio.timeout(self._options.call_seconds):
+            job = await self._cluster.get_job(*key)
+            if job is None:
+                self._writer.forget(key)
+                self._jobs.forget(key)
+                raise Refused(404, "NotFound", f'finetunejobs.finetune.dev "{key.name}" not found')
+            identity = await self._authenticator.identify(key, job["metadata"]["uid"], token)
+            attempt = current_attempt(job)
+            pod = await self._cluster.get_pod(key.namespace, identity.pod_name)
+            check_pod(pod, identity, attempt, key.name)
+        report = parse(await _body(request), self._clock())
+        self._writer.accept(key, attempt.job_uid, attempt.number, report)
+
+
+def _refusal(error: Exception) -> Refused:
+    """What the trainer is told where its report was not taken."""
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, ApiError | TimeoutError):
+        logger.warning("a progress report cannot be checked: %s", str(error) or "the API server does not answer")
+        return Refused(503, "ServiceUnavailable", "the API server does not answer; report again later", 5)
+    if isinstance(error, web.RequestPayloadError):
+        return Refused(400, "BadRequest", f"the body cannot be read: {error}")
+    logger.error("a progress report could not be handled", exc_info=error)
+    return Refused(500, "InternalError", "the report could not be handled; the operator's log says why")
+
+
+def parse(body: bytes, now: float) -> TrainerStatus:
+    """The report of a body, stamped with the server's own clock (`now`, since the epoch). Raises Refused (422)."""
+    try:
+        status = ProgressReport.model_validate_json(body).trainer_status
+    except ValidationError as error:
+        found = "; ".join(str(problem) for problem in problems_of(error)[:8])
+        raise Refused(422, "Invalid", found[:1024]) from error
+    checkpoint = status.checkpoint
+    counts = {
+        "estimatedRemainingSeconds": status.estimated_remaining_seconds,
+        "step": status.step,
+        "totalSteps": status.total_steps,
+        "checkpoint.step": checkpoint.step if checkpoint else None,
+    }
+    for name, count in counts.items():
+        if count is not None and count > MAX_COUNT:
+            raise Refused(422, "Invalid", f"trainerStatus.{name}: found {count:.3g}; at most {MAX_COUNT} is allowed")
+    if checkpoint is not None and checkpoint.time.tzinfo is None:
+        checkpoint = checkpoint.model_copy(update={"time": checkpoint.time.replace(tzinfo=datetime.UTC)})
+    stamp = datetime.datetime.fromtimestamp(int(now), datetime.UTC)
+    return status.model_copy(update={"last_updated_time": stamp, "checkpoint": checkpoint})
+
+
+def _key(request: web.BaseRequest) -> JobKey:
+    match = _PATH.fullmatch(request.path)
+    if match is None:
+        raise Refused(404, "NotFound", "the only path is that of a FineTuneJob's status")
+    if request.method != "POST":
+        raise Refused(405, "MethodNotAllowed", f"found {request.method}; progress is reported by POST")
+    if request.content_type != "application/json" or "Content-Encoding" in request.headers:
+        raise Refused(415, "UnsupportedMediaType", "the body must be application/json without a Content-Encoding")
+    return JobKey(*match.groups())
+
+
+def _bearer(request: web.BaseRequest) -> str:
+    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not (token := token.strip()):
+        raise Refused(401, "Unauthorized", "a bearer token is required: the one projected into the trainer's pod")
+    return token
+
+
+async def _body(request: web.BaseRequest) -> bytes:
+    too_large = Refused(413, "RequestEntityTooLarge", f"a report has at most {MAX_BODY} bytes")
+    if (request.content_length or 0) > MAX_BODY:
+        raise too_large
+    body = bytearray()
+    async for chunk in request.content.iter_any():
+        body += chunk
+        if len(body) > MAX_BODY:
+            raise too_large
+    return bytes(body)
+
+
+def _status(refusal: Refused) -> web.Response:
+    """A metav1.Status."""
+    body: dict[str, Any] = {
+        "kind": "Status",
+        "apiVersion": "v1",
+        "metadata": {},
+        "status": "Failure",
+        "message": str(refusal),
+        "reason": refusal.reason,
+        "code": refusal.code,
+    }
+    response = web.json_response(body, status=refusal.code)
+    if refusal.retry_after is not None:
+        seconds = max(1, math.ceil(refusal.retry_after))
+        body["details"] = {"retryAfterSeconds": seconds}
+        response = web.json_response(body, status=refusal.code, headers={"Retry-After": str(seconds)})
+    if refusal.code == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
+    if refusal.code == 405:
+        response.headers["Allow"] = "POST"
+    return response
