@@ -1,0 +1,24 @@
+"""`python -m finetune_trainer prepare | train`: the two programs of a job. Both read $FINETUNE_RUN_CONFIG."""
+
+import sys
+
+USAGE = "usage: python -m finetune_trainer prepare|train"
+
+
+def main(arguments: list[str]) -> int:
+    # Imported where needed: PID 1 of the gang has no use for what reads data, nor the other way round.
+    match arguments:
+        case ["prepare"]:
+            from finetune_trainer import prepare
+
+            return prepare.main()
+        case ["train"]:
+            from finetune_trainer import launch
+
+            return launch.main()
+    print(USAGE, file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

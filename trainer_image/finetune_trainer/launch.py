@@ -1,0 +1,170 @@
+"""PID 1 of a pod of the gang: pull once, start one process per GPU, pass on signals, say how it ended.
+
+    run.json -> pull -> ranks (`python -m finetune_trainer.train`, static rendezvous at pod 0) -> termination message
+
+The exit code is finetune_api.failures.EXIT_CODES of the first failed rank's reason. A rank tells its own in
+`WorkDir.outcome(rank)`; one that was killed tells nothing, and the kernel's counters speak for it.
+"""
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from finetune_api.failures import EXIT_CODES, FineTuneError, Reason, TerminationMessage
+from finetune_api.run import RunConfig
+from finetune_trainer import log
+from finetune_trainer.outcome import read_outcome
+from finetune_trainer.supervise import Child, Supervisor
+from finetune_trainer.termination import run
+from finetune_trainer.verdict import RankEnd, judge
+from finetune_trainer.workdir import WorkDir
+
+PULL = (sys.executable, "-m", "finetune_trainer.pull")
+TRAIN = (sys.executable, "-m", "finetune_trainer.train")
+PEER_GRACE = 10.0
+"""Seconds that ranks get to fail by themselves, and to say why, after the first has failed."""
+RESOLVE_SECONDS = 300.0
+"""How long pod 0's name may take to appear in DNS: its pod may still be pulling its image."""
+
+
+class Layout(NamedTuple):
+    """This pod's place in the gang."""
+
+    worker: int
+    workers: int
+    processes: int
+    master_address: str
+    master_port: str
+    cores: int
+
+    @property
+    def first_rank(self) -> int:
+        return self.worker * self.processes
+
+    def environment(self, local_rank: int) -> dict[str, str]:
+        """What torch and accelerate read to find each other; OMP_NUM_THREADS is this rank's share of the cores."""
+        return {
+            "RANK": str(self.first_rank + local_rank),
+            "LOCAL_RANK": str(local_rank),
+            "WORLD_SIZE": str(self.workers * self.processes),
+            "LOCAL_WORLD_SIZE": str(self.processes),
+            "GROUP_RANK": str(self.worker),
+            "MASTER_ADDR": self.master_address,
+            "MASTER_PORT": self.master_port,
+            "OMP_NUM_THREADS": str(max(1, self.cores // self.processes)),
+            "PYTHONUNBUFFERED": "1",
+        }
+
+
+def cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Whole cores that this container may use: its quota where there is one, else those that it may run on."""
+    allowed = len(os.sched_getaffinity(0))
+    try:
+        quota, period = (cgroup / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return allowed
+    return allowed if quota == "max" else max(1, min(allowed, int(quota) // int(period)))
+
+
+def oom_kills(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """How many processes of this container the kernel has killed for memory; 0 where it does not say."""
+    for name in ("memory.events", "memory/memory.oom_control"):
+        try:
+            fields = dict(line.split() for line in (cgroup / name).read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        return int(fields.get("oom_kill", 0))
+    return 0
+
+
+def resolve(supervisor: Supervisor, name: str, limit: float = RESOLVE_SECONDS) -> str:
+    """The address of pod 0, waited for. Raises RankFailed, or Preempted where a signal came."""
+    deadline = time.monotonic() + limit
+    while True:
+        try:
+            return str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
+        except socket.gaierror as error:
+            if time.monotonic() >= deadline:
+                raise FineTuneError(
+                    Reason.RANK_FAILED, f"pod 0's name {name} cannot be resolved after {limit:.0f} s: {error.strerror}"
+                ) from error
+        supervisor.step(1.0)
+        if supervisor.stopped_at is not None:
+            raise FineTuneError(Reason.PREEMPTED, "the pod was asked to end before training began")
+
+
+def launch(
+    config: RunConfig,
+    *,
+    pull: Sequence[str] = PULL,
+    train: Sequence[str] = TRAIN,
+    grace: float = PEER_GRACE,
+    cgroup: Path = Path("/sys/fs/cgroup"),
+) -> TerminationMessage:
+    """Runs this pod's part of the gang and returns how it ended. `grace` is in seconds."""
+    work = WorkDir.from_env()
+    # A container that is started again in the same pod finds what the one before it said.
+    for stale in work.outcomes.glob("*.json"):
+        stale.unlink()
+    # Some of the grace period is ours: to kill what did not end, and to say so.
+    stop_grace = config.grace_seconds - min(10.0, 0.2 * config.grace_seconds)
+    killed_before = oom_kills(cgroup)
+    with Supervisor() as supervisor:
+        puller = supervisor.start("", pull, os.environ)
+        supervisor.run(grace, min(5.0, stop_grace), ())
+        if supervisor.stopped_at is not None:
+            raise FineTuneError(Reason.PREEMPTED, "the pod was asked to end before training began")
+        if puller.code != 0:
+            end = _end(work.outcomes / "pull.json", -1, puller)
+            message = judge([end], None, oom_kills(cgroup) > killed_before)
+            text = message.message.replace("rank -1", "the download of the base model and the data")
+            return message.model_copy(update={"rank": None, "message": text})
+        layout = _layout(config, supervisor, os.environ)
+        log.event("ranks starting", first=layout.first_rank, count=layout.processes, master=layout.master_address)
+        ranks = [_start(supervisor, layout, local, train) for local in range(layout.processes)]
+        supervisor.run(grace, stop_grace, (EXIT_CODES[Reason.PREEMPTED],))
+        ends = [_end(work.outcome(rank), rank, child) for rank, child in enumerate(ranks, layout.first_rank)]
+        return judge(ends, supervisor.stopped_at, oom_kills(cgroup) > killed_before)
+
+
+def _layout(config: RunConfig, supervisor: Supervisor, env: Mapping[str, str]) -> Layout:
+    worker = int(env.get("FINETUNE_WORKER_INDEX", "0"))
+    # Pod 0 listens on its own address and need not wait for its name.
+    address = env["FINETUNE_POD_IP"] if worker == 0 else resolve(supervisor, env["FINETUNE_MASTER_ADDR"])
+    return Layout(
+        worker=worker,
+        workers=config.devices.workers,
+        processes=config.devices.processes_per_worker,
+        master_address=address,
+        master_port=env["FINETUNE_MASTER_PORT"],
+        cores=cores(),
+    )
+
+
+def _start(supervisor: Supervisor, layout: Layout, local: int, command: Sequence[str]) -> Child:
+    own = layout.environment(local)
+    if threads := os.environ.get("OMP_NUM_THREADS"):
+        own["OMP_NUM_THREADS"] = threads
+    rank = layout.first_rank + local
+    return supervisor.start(f"rank {rank}" if rank else "", command, os.environ | own)
+
+
+def _end(path: Path, rank: int, child: Child) -> RankEnd:
+    outcome = read_outcome(path)
+    assert child.code is not None
+    return RankEnd(
+        rank=rank,
+        code=child.code,
+        time=outcome.time if outcome else child.ended,
+        outcome=outcome.message if outcome else None,
+        last_lines=tuple(child.tail),
+        killed=child.killed,
+    )
+
+
+def main() -> int:
+    return run(launch)

@@ -1,0 +1,121 @@
+"""Many files as one thing in S3: each uploaded and hashed, the manifest last and never over another.
+
+Nobody sees half of it: a reader trusts only what a manifest names, and the manifest is written when all else is there.
+"""
+
+import datetime
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from pydantic import ValidationError
+
+from finetune_api.failures import FineTuneError, Reason
+from finetune_api.manifest import MANIFEST_KEY, FileEntry, Manifest, RunInfo
+from finetune_trainer.storage import FILES_AT_ONCE, Store, Wanted, join
+from finetune_trainer.storage_errors import changed
+
+MANIFEST_LIMIT = 16 * 2**20
+
+
+class Published(NamedTuple):
+    manifest_sha256: str
+    size: int
+    """Bytes of all files, the manifest included."""
+
+
+def now() -> str:
+    """The present in RFC 3339, UTC."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def publish(
+    store: Store,
+    directory: Path,
+    uri: str,
+    *,
+    kind: Literal["Adapter", "Model", "Checkpoint"],
+    step: int,
+    created_time: str,
+    run: RunInfo | None = None,
+    world_size: int | None = None,
+    spec_sha256: str | None = None,
+    on_bytes: Callable[[int], None] | None = None,
+) -> Published:
+    """Publishes every file below `directory` under `uri`, `manifest.json` last with If-None-Match.
+
+    The same call again, with the same files and time, succeeds; AlreadyExists where another manifest is there.
+    """
+    paths = sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / MANIFEST_KEY)
+    if not paths:
+        raise ValueError(f"{directory} has no files to publish")
+
+    def send(path: Path) -> FileEntry:
+        key = path.relative_to(directory).as_posix()
+        size, digest = store.upload(path, join(uri, key))
+        if on_bytes:
+            on_bytes(size)
+        return FileEntry(key=key, size=size, sha256=digest)
+
+    with ThreadPoolExecutor(FILES_AT_ONCE, "publish") as pool:
+        files = list(pool.map(send, paths))
+    manifest = Manifest(
+        kind=kind,
+        step=step,
+        created_time=created_time,
+        files=files,
+        run=run,
+        world_size=world_size,
+        spec_sha256=spec_sha256,
+    )
+    return put_manifest(store, manifest, uri)
+
+
+def put_manifest(store: Store, manifest: Manifest, uri: str) -> Published:
+    """Makes files that are there already one thing: their sizes are checked, then the manifest is written."""
+    for entry in manifest.files:
+        found = store.pin(join(uri, entry.key))
+        if found.size != entry.size:
+            raise changed(found.uri, "publish", f"{found.size:,} bytes are there, {entry.size:,} were sent")
+    data = manifest.model_dump_json(by_alias=True, exclude_none=True, indent=1).encode()
+    store.put_if_absent(join(uri, MANIFEST_KEY), data)
+    size = sum(entry.size for entry in manifest.files) + len(data)
+    return Published(hashlib.sha256(data).hexdigest(), size)
+
+
+def read_manifest(store: Store, manifest_uri: str, sha256: str | None = None) -> Manifest:
+    """Raises DataInvalid where it is not a manifest, or not the one whose hash is given."""
+    data = store.get_bytes(manifest_uri, MANIFEST_LIMIT)
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise FineTuneError(Reason.DATA_INVALID, f"{manifest_uri} is not the manifest with SHA-256 {sha256}")
+    try:
+        manifest = Manifest.model_validate_json(data)
+    except ValidationError as error:
+        raise FineTuneError(Reason.DATA_INVALID, f"{manifest_uri} is not a manifest") from error
+    for entry in manifest.files:
+        if entry.key.startswith("/") or any(part in ("", ".", "..") for part in entry.key.split("/")):
+            raise FineTuneError(Reason.DATA_INVALID, f"{manifest_uri} names a key outside its prefix: {entry.key}")
+    return manifest
+
+
+def fetch_verified(
+    store: Store,
+    manifest_uri: str,
+    directory: Path,
+    *,
+    sha256: str | None = None,
+    on_bytes: Callable[[int], None] | None = None,
+) -> Manifest:
+    """Downloads what a manifest names, nothing else, and verifies the size and SHA-256 of each file."""
+    manifest = read_manifest(store, manifest_uri, sha256)
+    prefix = manifest_uri.rpartition("/")[0]
+    wanted = []
+    for entry in manifest.files:
+        pinned = store.pin(join(prefix, entry.key))
+        if pinned.size != entry.size:
+            raise changed(pinned.uri, detail=f"{pinned.size:,} bytes are there, the manifest says {entry.size:,}")
+        wanted.append(Wanted(pinned, directory / entry.key, entry.sha256))
+    store.download_many(wanted, on_bytes)
+    return manifest

@@ -1,0 +1,73 @@
+"""Brings the base model and this job's shards into the work folder, once per pod: `python -m finetune_trainer.pull`.
+
+A process of its own, so that the launcher stays small and a signal ends it at once.
+"""
+
+import hashlib
+import shutil
+import sys
+
+from finetune_api.failures import FineTuneError, Reason
+from finetune_api.run import PreparedData, PreparedSummary, RunConfig
+from finetune_trainer import log
+from finetune_trainer.outcome import guarded
+from finetune_trainer.runconfig import read_config
+from finetune_trainer.storage import Store, Wanted, join
+from finetune_trainer.storage_errors import ObjectChanged, ObjectMissing
+from finetune_trainer.workdir import WorkDir
+
+INDEX_LIMIT = 64 * 2**20
+
+
+def read_index(store: Store, prepared: PreparedSummary) -> bytes:
+    """data/index.json, exactly as `prepare` wrote it."""
+    uri, expected = prepared.index_uri, prepared.index_sha256
+    data = store.get_bytes(uri, INDEX_LIMIT)
+    if hashlib.sha256(data).hexdigest() != expected:
+        raise FineTuneError(Reason.DATA_INVALID, f"{uri} is not the index that `prepare` wrote for this job")
+    return data
+
+
+def model_files(config: RunConfig, index: PreparedData, work: WorkDir) -> list[Wanted]:
+    prefix = config.spec.base_model.uri.rstrip("/") + "/"
+    return [Wanted(pinned, work.model / pinned.uri.removeprefix(prefix)) for pinned in index.base_model]
+
+
+def shard_files(store: Store, index_uri: str, index: PreparedData, work: WorkDir) -> list[Wanted]:
+    """Pinned as they are now: it is their hash that says whether they are what `prepare` wrote."""
+    prefix = index_uri.rpartition("/")[0]
+    return [Wanted(store.pin(join(prefix, shard.key)), work.shard(shard.key), shard.sha256) for shard in index.shards]
+
+
+def pull(config: RunConfig, work: WorkDir) -> None:
+    """Raises ModelInvalid or DataInvalid where something is no longer what was prepared."""
+    prepared = config.prepared
+    if prepared is None:
+        raise FineTuneError(Reason.INVALID_SPEC, "run.json: `prepared` is required for training")
+    with Store(config.storage) as store:
+        data = read_index(store, prepared)
+        index = PreparedData.model_validate_json(data)
+        model = model_files(config, index, work)
+        shards = shard_files(store, prepared.index_uri, index, work)
+        total = sum(wanted.pinned.size for wanted in model + shards)
+        work.root.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(work.root).free
+        if total > free:
+            raise FineTuneError(
+                Reason.DOES_NOT_FIT,
+                f"the work volume has {free:,} bytes free; the base model and the data need {total:,}",
+            )
+        progress = log.Progress("pull", total, "bytes")
+        try:
+            store.download_many(model, progress.add)
+        except (ObjectChanged, ObjectMissing) as error:
+            raise FineTuneError(Reason.MODEL_INVALID, f"baseModel: {error}") from error
+        store.download_many(shards, progress.add)
+        progress.close()
+        work.data.mkdir(exist_ok=True)
+        work.index.write_bytes(data)
+
+
+if __name__ == "__main__":
+    place = WorkDir.from_env()
+    sys.exit(guarded(lambda: pull(read_config(), place), place.outcomes / "pull.json"))

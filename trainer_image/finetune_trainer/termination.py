@@ -1,0 +1,40 @@
+"""The container's last word: one TerminationMessage where the kubelet looks for it, and the exit code that agrees."""
+
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from finetune_api.failures import EXIT_CODES, FineTuneError, TerminationMessage
+from finetune_api.run import RunConfig
+from finetune_trainer import log
+from finetune_trainer.outcome import failure_of
+from finetune_trainer.runconfig import read_config
+
+
+def write_termination(message: TerminationMessage) -> None:
+    """Writes to $FINETUNE_TERMINATION_LOG. In a pod that is a mounted file, over which nothing can be renamed: one
+    write of at most 4,096 bytes is what makes it whole."""
+    path = Path(os.environ["FINETUNE_TERMINATION_LOG"])
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        os.write(descriptor, message.encode())
+    finally:
+        os.close(descriptor)
+
+
+def run(program: Callable[[RunConfig], TerminationMessage]) -> int:
+    """Runs a program that is a container's PID 1: writes its termination message and returns its exit code."""
+    try:
+        message = program(read_config())
+    except Exception as error:
+        message = failure_of(error)
+        if not isinstance(error, FineTuneError):
+            traceback.print_exc()
+    message = message.model_copy(update={"node": os.environ.get("FINETUNE_NODE_NAME")})
+    write_termination(message)
+    if message.reason is None:
+        log.event("done")
+        return 0
+    log.event("failed", level="error", reason=message.reason, message=message.message, rank=message.rank)
+    return EXIT_CODES.get(message.reason, 1)
