@@ -30,13 +30,14 @@ SCHEDULER = "kube-scheduler"
 ISSUER = "https://kubernetes.default.svc"
 SYSTEM_NAMESPACES = ("default", "kube-system", "kube-public", "kube-node-lease")
 
-# What a job's life touches. Those that watch nodes stay out: they evict the pods of a node that sends no leases.
+# What a job's life touches. Those that judge nodes stay out: they evict the pods of a node that sends no leases.
 CONTROLLERS = (
     "clusterrole-aggregation-controller",
     "endpointslice-controller",
     "garbage-collector-controller",
     "job-controller",
     "namespace-controller",
+    "pod-garbage-collector-controller",
     "resourcequota-controller",
     "root-ca-certificate-publisher-controller",
     "serviceaccount-controller",
