@@ -1,7 +1,7 @@
 """The process node: registers a Node and runs the pods that are bound to it as processes of this machine.
 
 Linux only. It is no container runtime: images are ignored (a pod must name its command), nothing is isolated; users,
-probes, lifecycle hooks and security contexts are not applied, ConfigMaps and Secrets are written once and the size limit
+probes, lifecycle hooks and security contexts are not applied. ConfigMaps and Secrets are written once, the size limit
 of an emptyDir is not enforced. What it does keep is the contract of a pod: see environment.py, volumes.py, pod.py.
 """
 
