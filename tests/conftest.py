@@ -4,6 +4,7 @@ import secrets
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
+
 from support.api import Api
 from support.clusters import Cluster, running_cluster
 from support.waiting import eventually

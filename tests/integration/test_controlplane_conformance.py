@@ -9,7 +9,8 @@ from datetime import datetime
 from typing import Any
 
 import pytest
-from support.api import Api, Object
+
+from support.api import Api, Object, idle_pod
 from support.waiting import eventually
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(60)]
@@ -31,6 +32,10 @@ async def make(api: Api, namespace: str, name: str, data: dict[str, str] | None 
 def owned_by(owner: Object, **more: Any) -> Object:
     metadata = owner["metadata"]
     return {"apiVersion": "v1", "kind": "ConfigMap", "name": metadata["name"], "uid": metadata["uid"], **more}
+
+
+async def make_pod(api: Api, namespace: str, name: str) -> None:
+    (await api.create(f"/api/v1/namespaces/{namespace}/pods", idle_pod(name))).must(201)
 
 
 async def names(api: Api, path: str, **params: str) -> set[str]:
@@ -98,7 +103,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("method", "path", "body", "status", "reason"), [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED])
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "reason"), [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED]
+)
 async def test_a_refusal_says_why(
     api: Api, namespace: str, method: str, path: str, body: Object, status: int, reason: str
 ) -> None:
@@ -251,7 +258,7 @@ async def test_events_are_found_by_what_they_are_about(api: Api, namespace: str)
 async def test_a_long_list_comes_in_pages(api: Api, namespace: str) -> None:
     for number in range(5):
         await make(api, namespace, f"c{number}", labels={"ours": "yes"})
-    query = {"limit": 2, "labelSelector": "ours=yes"}
+    query: Object = {"limit": 2, "labelSelector": "ours=yes"}
     pages = [(await api.get(configmaps(namespace), **query)).must(200)]
     await make(api, namespace, "late", labels={"ours": "yes"})
     while token := pages[-1]["metadata"].get("continue"):
@@ -343,12 +350,3 @@ async def test_a_namespace_takes_its_content_along(api: Api, namespace: str) -> 
     (await api.create(configmaps(namespace), configmap("late"))).refused(403, "Forbidden")
     (await api.patch(configmaps(namespace, "held"), {"metadata": {"finalizers": None}})).must(200)
     await gone(api, f"/api/v1/namespaces/{namespace}", timeout=30)
-
-
-async def make_pod(api: Api, namespace: str, name: str) -> Object:
-    """A pod that nothing binds to a node."""
-    spec = {"schedulerName": "nobody", "containers": [{"name": "main", "image": "example.com/image:1"}]}
-    body: Object = (
-        await api.create(f"/api/v1/namespaces/{namespace}/pods", {"metadata": {"name": name}, "spec": spec})
-    ).must(201)
-    return body

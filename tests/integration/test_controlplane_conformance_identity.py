@@ -1,7 +1,8 @@
-"""Tokens and reviews, on which the progress server's trust stands. The same tests pass on the sandbox and on a real one."""
+"""Tokens and reviews, on which the progress server's trust stands. The same tests pass on both API servers."""
 
 import pytest
-from support.api import Api, Object
+
+from support.api import Api, Object, idle_pod
 from support.waiting import eventually
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(60)]
@@ -10,11 +11,8 @@ AUDIENCE = "finetune.dev/progress/0000"
 
 
 async def make_pod(api: Api, namespace: str) -> Object:
-    """A pod that nothing binds to a node."""
-    spec = {"schedulerName": "nobody", "containers": [{"name": "main", "image": "example.com/image:1"}]}
-    path = f"/api/v1/namespaces/{namespace}/pods"
-    body: Object = (await api.create(path, {"metadata": {"name": "p"}, "spec": spec})).must(201)
-    return body
+    pod: Object = (await api.create(f"/api/v1/namespaces/{namespace}/pods", idle_pod("p"))).must(201)
+    return pod
 
 
 async def request_token(api: Api, namespace: str, spec: Object) -> Object:

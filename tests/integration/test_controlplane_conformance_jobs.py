@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+
 from support.api import Api, Object
 from support.waiting import eventually
 
@@ -324,7 +325,10 @@ async def test_only_the_controllers_world_moves_the_status(jobs: Jobs) -> None:
         ({"activeDeadlineSeconds": -1}, "spec.activeDeadlineSeconds"),
         ({"podFailurePolicy": {"rules": [on_exit("FailJob", "In")]}}, "spec.podFailurePolicy.rules[0]"),
         ({"podFailurePolicy": {"rules": [on_exit("FailJob", "In", 0)]}}, "spec.podFailurePolicy.rules[0]"),
-        ({"podFailurePolicy": {"rules": []}, "podReplacementPolicy": "TerminatingOrFailed"}, "spec.podReplacementPolicy"),
+        (
+            {"podFailurePolicy": {"rules": []}, "podReplacementPolicy": "TerminatingOrFailed"},
+            "spec.podReplacementPolicy",
+        ),
     ],
     ids=lambda value: str(value)[:40],
 )

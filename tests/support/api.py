@@ -23,6 +23,12 @@ PATCHES = {
 }
 
 
+def idle_pod(name: str) -> Object:
+    """A pod that no node will run: nothing binds it to one."""
+    spec = {"schedulerName": "nobody", "containers": [{"name": "main", "image": "example.com/image:1"}]}
+    return {"metadata": {"name": name}, "spec": spec}
+
+
 @dataclass(frozen=True)
 class Answer:
     """A status code and the decoded body."""
@@ -74,7 +80,7 @@ class Api:
         content_type: str = "application/json",
         accept: str = "application/json",
         token: str | None = None,
-        **params: str | int,
+        **params: Any,
     ) -> Answer:
         """One request; `body` is sent as JSON, `data` as it is; `token` instead of the kubeconfig's credentials."""
         headers = {**self._headers, "Accept": accept}
@@ -98,27 +104,27 @@ class Api:
         except ValueError:
             return Answer(response.status, text)
 
-    async def get(self, path: str, **params: str | int) -> Answer:
+    async def get(self, path: str, **params: Any) -> Answer:
         return await self.call("GET", path, **params)
 
-    async def items(self, path: str, **params: str | int) -> list[Object]:
+    async def items(self, path: str, **params: Any) -> list[Object]:
         items: list[Object] = (await self.get(path, **params)).must(200)["items"]
         return items
 
-    async def create(self, path: str, body: Object, **params: str | int) -> Answer:
+    async def create(self, path: str, body: Object, **params: Any) -> Answer:
         return await self.call("POST", path, body=body, **params)
 
-    async def replace(self, path: str, body: Object, **params: str | int) -> Answer:
+    async def replace(self, path: str, body: Object, **params: Any) -> Answer:
         return await self.call("PUT", path, body=body, **params)
 
-    async def patch(self, path: str, body: Any, kind: str = "merge", **params: str | int) -> Answer:
+    async def patch(self, path: str, body: Any, kind: str = "merge", **params: Any) -> Answer:
         return await self.call("PATCH", path, body=body, content_type=PATCHES[kind], **params)
 
-    async def delete(self, path: str, body: Object | None = None, **params: str | int) -> Answer:
+    async def delete(self, path: str, body: Object | None = None, **params: Any) -> Answer:
         return await self.call("DELETE", path, body=body, **params)
 
     @asynccontextmanager
-    async def watch(self, path: str, **params: str | int) -> AsyncIterator["Watch"]:
+    async def watch(self, path: str, **params: Any) -> AsyncIterator["Watch"]:
         query = {"watch": "true", **{key: str(value) for key, value in params.items()}}
         timeout = aiohttp.ClientTimeout(total=60)
         async with self._session.get(

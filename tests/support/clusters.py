@@ -1,4 +1,4 @@
-"""The API server that the tests of a run share: a real one where `$KUBEBUILDER_ASSETS` names one, else the sandbox's."""
+"""The cluster that the tests of a run share: a real control plane where `$KUBEBUILDER_ASSETS` names one."""
 
 import asyncio
 import threading
