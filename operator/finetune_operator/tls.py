@@ -82,9 +82,7 @@ def _check_given(files: TlsFiles) -> None:
         files.context()
         x509.load_pem_x509_certificates(files.ca.read_bytes())
     except (ssl.SSLError, OSError, ValueError) as error:
-        raise TlsError(
-            f"{files.certificate}, {files.key}, {files.ca}: not a certificate, its key and its CA: {error}"
-        ) from error
+        raise TlsError(f"{files.certificate}: not usable with tls.key and ca.crt beside it: {error}") from error
 
 
 @dataclass(frozen=True)
