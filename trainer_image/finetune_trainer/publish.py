@@ -14,8 +14,8 @@ from pydantic import ValidationError
 
 from finetune_api.failures import FineTuneError, Reason
 from finetune_api.manifest import MANIFEST_KEY, FileEntry, Manifest, RunInfo
-from finetune_trainer.storage import FILES_AT_ONCE, Store, Wanted, join
-from finetune_trainer.storage_errors import changed
+from finetune_trainer.storage import FILES_AT_ONCE, Store, Wanted, join, sha256_of
+from finetune_trainer.storage_errors import AlreadyExists, ObjectMissing, changed
 
 MANIFEST_LIMIT = 16 * 2**20
 
@@ -46,11 +46,14 @@ def publish(
 ) -> Published:
     """Publishes every file below `directory` under `uri`, `manifest.json` last with If-None-Match.
 
-    The same call again, with the same files and time, succeeds; AlreadyExists where another manifest is there.
+    Where a manifest with the same files is there already nothing is written (an answer that was lost); AlreadyExists
+    where it names others.
     """
     paths = sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / MANIFEST_KEY)
     if not paths:
         raise ValueError(f"{directory} has no files to publish")
+    if (earlier := _earlier(store, directory, paths, uri)) is not None:
+        return earlier
 
     def send(path: Path) -> FileEntry:
         key = path.relative_to(directory).as_posix()
@@ -73,6 +76,18 @@ def publish(
     return put_manifest(store, manifest, uri)
 
 
+def _earlier(store: Store, directory: Path, paths: list[Path], uri: str) -> Published | None:
+    try:
+        data = store.get_bytes(join(uri, MANIFEST_KEY), MANIFEST_LIMIT)
+    except ObjectMissing:
+        return None
+    manifest = _parse(data, join(uri, MANIFEST_KEY))
+    here = {path.relative_to(directory).as_posix(): sha256_of(path) for path in paths}
+    if {entry.key: entry.sha256 for entry in manifest.files} != here:
+        raise AlreadyExists(Reason.STORAGE_DENIED, f"cannot publish to {uri}: other files are published there already")
+    return _published(manifest, data)
+
+
 def put_manifest(store: Store, manifest: Manifest, uri: str) -> Published:
     """Makes files that are there already one thing: their sizes are checked, then the manifest is written."""
     for entry in manifest.files:
@@ -81,8 +96,11 @@ def put_manifest(store: Store, manifest: Manifest, uri: str) -> Published:
             raise changed(found.uri, "publish", f"{found.size:,} bytes are there, {entry.size:,} were sent")
     data = manifest.model_dump_json(by_alias=True, exclude_none=True, indent=1).encode()
     store.put_if_absent(join(uri, MANIFEST_KEY), data)
-    size = sum(entry.size for entry in manifest.files) + len(data)
-    return Published(hashlib.sha256(data).hexdigest(), size)
+    return _published(manifest, data)
+
+
+def _published(manifest: Manifest, data: bytes) -> Published:
+    return Published(hashlib.sha256(data).hexdigest(), sum(entry.size for entry in manifest.files) + len(data))
 
 
 def read_manifest(store: Store, manifest_uri: str, sha256: str | None = None) -> Manifest:
@@ -90,6 +108,10 @@ def read_manifest(store: Store, manifest_uri: str, sha256: str | None = None) ->
     data = store.get_bytes(manifest_uri, MANIFEST_LIMIT)
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         raise FineTuneError(Reason.DATA_INVALID, f"{manifest_uri} is not the manifest with SHA-256 {sha256}")
+    return _parse(data, manifest_uri)
+
+
+def _parse(data: bytes, manifest_uri: str) -> Manifest:
     try:
         manifest = Manifest.model_validate_json(data)
     except ValidationError as error:

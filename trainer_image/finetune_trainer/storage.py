@@ -75,11 +75,15 @@ def sha256_of(path: Path) -> str:
 
 
 class Store:
+    page_size = 1000
+    """Keys asked for at a time."""
+
     def __init__(self, config: StorageConfig, *, attempts: int = 6, timeout: float = 60.0) -> None:
         """`attempts` is the budget of each request, and of each body without progress; `timeout` is in seconds."""
         self._config = config
         self._attempts = attempts
-        self._client: Any = boto3.client(
+        # A session of its own: boto3's default one keeps the first credentials that it saw.
+        self._client: Any = boto3.session.Session().client(
             "s3",
             endpoint_url=config.endpoint or os.environ.get("AWS_ENDPOINT_URL"),
             region_name=config.region or os.environ.get("AWS_REGION") or "us-east-1",
@@ -121,7 +125,9 @@ class Store:
     def list(self, uri: str) -> Iterator[PinnedObject]:
         """The objects below a prefix in the order of their keys, by ETag, without folder markers."""
         bucket, prefix = parse(uri)
-        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        pages = self._client.get_paginator("list_objects_v2").paginate(
+            Bucket=bucket, Prefix=prefix, PaginationConfig={"PageSize": self.page_size}
+        )
         try:
             for page in pages:
                 for item in page.get("Contents", ()):

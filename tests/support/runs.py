@@ -1,0 +1,57 @@
+"""RunConfigs and the environment of a pod, for tests of what runs in one."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from finetune_api.run import RunConfig, StorageConfig
+
+JOB_UID = "11111111-2222-3333-4444-555555555555"
+
+
+def make_run_config(
+    *,
+    workers: int = 1,
+    processes: int = 1,
+    grace_seconds: int = 20,
+    bucket: str = "bucket",
+    endpoint: str | None = None,
+    **spec: Any,
+) -> RunConfig:
+    """A job over `s3://<bucket>/…`; `spec` overrides fields of the spec, in their API form."""
+    fields: dict[str, Any] = {
+        "baseModel": {"uri": f"s3://{bucket}/models/tiny/"},
+        "datasets": [{"name": "pairs", "uri": f"s3://{bucket}/data/pairs.jsonl"}],
+        "output": {"uri": f"s3://{bucket}/out/"},
+    }
+    return RunConfig.model_validate(
+        {
+            "namespace": "team-a",
+            "job": "bot",
+            "jobUid": JOB_UID,
+            "spec": fields | spec,
+            "specSha256": "0" * 64,
+            "devices": {"kind": "CPU", "workers": workers, "processesPerWorker": processes},
+            "storage": StorageConfig(endpoint=endpoint, region="us-east-1", addressing_style="path"),
+            "scratchUri": f"s3://{bucket}/out/.scratch/{JOB_UID}/",
+            "outputUri": f"s3://{bucket}/out/bot/",
+            "graceSeconds": grace_seconds,
+        }
+    )
+
+
+def pod_environment(directory: Path, config: RunConfig, **extra: str) -> dict[str, str]:
+    """The variables of a pod whose volumes are folders below `directory`."""
+    (directory / "run.json").write_text(config.model_dump_json(by_alias=True, exclude_none=True))
+    (directory / "work").mkdir(exist_ok=True)
+    return os.environ | {
+        "FINETUNE_RUN_CONFIG": str(directory / "run.json"),
+        "FINETUNE_WORK_DIR": str(directory / "work"),
+        "FINETUNE_TERMINATION_LOG": str(directory / "termination-log"),
+        "FINETUNE_POD_IP": "127.0.0.1",
+        "FINETUNE_POD_UID": "pod-uid",
+        "FINETUNE_NODE_NAME": "node-1",
+        "FINETUNE_MASTER_PORT": "29500",
+        "FINETUNE_WORKER_INDEX": "0",
+        **extra,
+    }
