@@ -2,8 +2,8 @@
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -39,16 +39,43 @@ class Cluster:
     kubeconfig: Path
 
 
+@asynccontextmanager
+async def _kubernetes(assets: Path, directory: Path) -> AsyncIterator[Cluster]:
+    async with ControlPlane(assets, directory) as plane:
+        yield Cluster("kubernetes", plane.kubeconfig)
+
+
+@asynccontextmanager
+async def _sandbox(directory: Path) -> AsyncIterator[Cluster]:
+    from finetune_sandbox.client import Client
+    from finetune_sandbox.jobs import JobController
+    from finetune_sandbox.server import ApiServer
+
+    server = ApiServer()
+    await server.start(directory)
+    try:
+        async with await Client.from_kubeconfig(server.kubeconfig) as client:
+            jobs = JobController(client)
+            jobs.start()
+            try:
+                yield Cluster("sandbox", server.kubeconfig)
+            finally:
+                await jobs.close()
+    finally:
+        await server.stop()
+
+
 @contextmanager
 def running_cluster(directory: Path) -> Iterator[Cluster]:
+    """No node runs its pods: a suite that needs one starts it."""
+    assets = assets_from_environment()
+    cluster = _kubernetes(assets, directory) if assets else _sandbox(directory)
     loop = LoopThread()
     try:
-        assets = assets_from_environment()
-        if assets is not None:
-            plane = loop.run(ControlPlane.start(assets, directory))
-            try:
-                yield Cluster("kubernetes", plane.kubeconfig)
-            finally:
-                loop.run(plane.stop())
+        running = loop.run(cluster.__aenter__())
+        try:
+            yield running
+        finally:
+            loop.run(cluster.__aexit__(None, None, None))
     finally:
         loop.close()
