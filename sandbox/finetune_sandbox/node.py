@@ -19,6 +19,7 @@ from typing import Any
 
 import aiohttp
 
+from finetune_sandbox.binder import Binder
 from finetune_sandbox.cgroup import MemoryGroups
 from finetune_sandbox.client import (
     LEASES,
@@ -39,7 +40,7 @@ from finetune_sandbox.host import Host, now
 from finetune_sandbox.logs import LogServer, follow_file, tail_offset
 from finetune_sandbox.pod import PodWorker
 from finetune_sandbox.podstatus import TERMINAL
-from finetune_sandbox.tasks import cancel, spawn
+from finetune_sandbox.tasks import cancel, spawn, until_signal
 
 log = logging.getLogger(__name__)
 
@@ -133,6 +134,11 @@ class Node:
     async def close(self) -> None:
         """Kills every pod's processes. Their pods are reported as lost by the next start, as after a power cut."""
         await cancel(self._tasks)
+        try:
+            status = self._status(ready=False)
+            await self._client.patch(NODES, None, self.name, {"status": status}, "status", STRATEGIC_PATCH)
+        except (ApiError, aiohttp.ClientError, TimeoutError, OSError) as error:
+            log.info("node %s: its end was not told: %s", self.name, error)  # the API server is gone, too
         await asyncio.gather(*(worker.close() for worker in self._workers.values()))
         await cancel(self._background)
         self._workers.clear()
@@ -355,3 +361,26 @@ def lost_status(pod: Object, at: str) -> dict[str, Any]:
         "containerStatuses": [ended(record) for record in status.get("containerStatuses") or []],
         "initContainerStatuses": [ended(record) for record in status.get("initContainerStatuses") or []],
     }
+
+
+def serve(
+    kubeconfig: Path | None, name: str, resources: Mapping[str, str], directory: Path, bind: bool = False
+) -> None:
+    """Serves any cluster with a process node until SIGTERM or SIGINT. `bind`: also schedules pods.
+
+    Blocks. `kubeconfig` None is $KUBECONFIG or ~/.kube/config. Raises ApiError, aiohttp.ClientError or kubernetes'
+    ConfigException where the cluster cannot be reached or does not let us register.
+    """
+    asyncio.run(_serve(kubeconfig, name, resources, directory, bind))
+
+
+async def _serve(kubeconfig: Path | None, name: str, resources: Mapping[str, str], directory: Path, bind: bool) -> None:
+    async with await Client.from_kubeconfig(kubeconfig) as client:
+        binder = Binder(client) if bind else None
+        async with Node(client, name, directory, resources):
+            if binder:
+                binder.start()
+            log.info("node %s serves %s", name, client.host)
+            await until_signal()
+            if binder:
+                await binder.close()
