@@ -64,7 +64,6 @@ def training_arguments(
     *,
     output: Path,
     total_steps: int,
-    log_steps: int,
     dtype: str,
     device: str,
     deepspeed: dict[str, Any] | None,
@@ -92,7 +91,7 @@ def training_arguments(
         "ddp_find_unused_parameters": False,
         "ddp_broadcast_buffers": False,
         "logging_strategy": "steps",
-        "logging_steps": log_steps,
+        "logging_steps": log_interval(total_steps),
         "logging_first_step": True,
         # A loss that is not a number must be seen, not averaged away.
         "logging_nan_inf_filter": False,

@@ -1,11 +1,11 @@
 """Where things lie below $FINETUNE_WORK_DIR: the one place that the launcher and the ranks agree on.
 
-    model/                    the base model, as pulled (config.json, *.safetensors, tokenizer files)
-    data/index.json           finetune_api.run.PreparedData
-    data/<Shard.key>          every shard under its key
-    checkpoints/step-…/       checkpoints, being written or being resumed
-    output/                   what is published
-    outcomes/rank-<r>.json    how rank r ended
+model/                    the base model, as pulled (config.json, *.safetensors, tokenizer files)
+data/index.json           finetune_api.run.PreparedData
+data/<Shard.key>          every shard under its key
+checkpoints/step-…/       checkpoints, being written or being resumed
+output/                   what is published
+outcomes/rank-<r>.json    how rank r ended
 """
 
 import os

@@ -5,24 +5,29 @@ denominator are ours: the loss of a step is the mean over the learned tokens of 
 the number of ranks nor the micro-batch changes what is learned.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from finetune_trainer.batches import Batch, MicroBatches
 from finetune_trainer.evaluate import token_losses
 
 
 class SFTTrainer(Trainer):  # type: ignore[misc]
-    def __init__(
-        self, model: Any, args: TrainingArguments, batches: MicroBatches, callbacks: list[TrainerCallback]
-    ) -> None:
-        super().__init__(model=model, args=args, callbacks=callbacks)
+    def __init__(self, model: Any, args: TrainingArguments, batches: MicroBatches) -> None:
+        super().__init__(model=model, args=args)
         self.batches = batches
         self.loss_is_scaled_for_ga = True
+        self.save_state: Callable[[], None] = lambda: None
+        """What a callback's `control.should_save` brings about. Collective."""
+
+    def start_at(self, step: int) -> None:
+        """Continue after `step` optimizer steps; for `on_train_begin`."""
+        self.state.global_step = self._globalstep_last_logged = step
+        self.batches.first_step = step
 
     def get_train_dataloader(self) -> MicroBatches:  # sharded already: accelerate must not shard it again
         return self.batches
@@ -46,5 +51,8 @@ class SFTTrainer(Trainer):  # type: ignore[misc]
         outputs = model(**inputs)
         assert num_items_in_batch is not None
         # DDP and ZeRO average gradients over the ranks; the denominator is the whole batch's already.
-        loss = token_losses(outputs.logits, labels) * self.batches.world_size / num_items_in_batch.item()
+        loss = token_losses(outputs.logits, labels) * (self.batches.world_size / int(num_items_in_batch))
         return (loss, outputs) if return_outputs else loss
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.save_state()

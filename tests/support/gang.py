@@ -1,0 +1,285 @@
+"""A gang of ranks as real processes over gloo: a tiny model and shards on each pod's disk, checkpoints and output in S3."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from finetune_api.failures import TerminationMessage
+from finetune_api.run import PreparedData, RunConfig, Shard
+from finetune_trainer.outcome import read_outcome
+from finetune_trainer.workdir import WorkDir
+from support.runs import JOB_UID, make_run_config
+from support.s3 import S3, unused_port
+
+VOCABULARY = 64
+SHAPE = {
+    "architecture": "LlamaForCausalLM",
+    "parameters": 20_000,
+    "hiddenSize": 32,
+    "layers": 2,
+    "vocabSize": VOCABULARY,
+    "linearParameters": 16_000,
+    "targetFeatures": 1_000,
+    "largestLayerParameters": 8_000,
+    "maxPositions": 256,
+    "dtype": "Float32",
+}
+Example = tuple[list[int], list[int]]
+"""Token ids and labels."""
+
+
+def make_tiny_model(directory: Path) -> Path:
+    """A Llama of 2 layers and 32 dimensions with random weights, and files that look like a tokenizer's."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        # Larger than usual: random weights that differ enough for attention to matter.
+        initializer_range=0.3,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    (directory / "tokenizer.json").write_text("{}")
+    (directory / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 256}))
+    return directory
+
+
+def make_examples(count: int, seed: int = 0) -> list[Example]:
+    """Sequences of constant stride, of 6 to 30 tokens; the first three tokens are the prompt."""
+    rng = np.random.default_rng(seed)
+    examples = []
+    for _ in range(count):
+        start, stride, length = rng.integers(3, VOCABULARY), rng.integers(1, 6), rng.integers(6, 31)
+        ids = [int(3 + (start + stride * i) % (VOCABULARY - 3)) for i in range(length)]
+        examples.append((ids, [-100] * 3 + ids[3:]))
+    return examples
+
+
+@dataclass
+class Gang:
+    """One job: `config` says how many pods and processes; every pod has a folder of its own below `directory`."""
+
+    directory: Path
+    config: RunConfig
+    s3: S3
+    model: Path
+    train: dict[str, list[Example]]
+    validation: list[Example] = field(default_factory=list)
+    env: dict[str, str] = field(default_factory=dict)
+    attempt_uid: str = "attempt-0"
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def work(self, rank: int) -> WorkDir:
+        return WorkDir(self.directory / f"pod-{rank // self.config.devices.processes_per_worker}" / "work")
+
+    def start(self) -> "Gang":
+        index = self._index()
+        (self.directory / "run.json").write_text(self.config.model_dump_json(by_alias=True, exclude_none=True))
+        port, devices = str(unused_port()), self.config.devices
+        for rank in range(devices.world_size):
+            work = self.work(rank)
+            if rank % devices.processes_per_worker == 0:
+                work.data.mkdir(parents=True, exist_ok=True)
+                work.index.write_text(index.model_dump_json(by_alias=True, exclude_none=True))
+                for shard in index.shards:
+                    work.shard(shard.key).parent.mkdir(exist_ok=True)
+                    work.shard(shard.key).write_bytes((self.directory / "shards" / shard.key).read_bytes())
+                if not work.model.exists():
+                    work.model.symlink_to(self.model)
+            work.outcome(rank).unlink(missing_ok=True)
+            self.processes.append(self._spawn(rank, port))
+        return self
+
+    def wait(self, timeout: float = 120.0) -> list[TerminationMessage]:
+        """What each rank said; none may be silent."""
+        deadline = time.monotonic() + timeout
+        try:
+            for process in self.processes:
+                process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired as error:
+            raise AssertionError(f"the gang did not end:\n{self.log()}") from error
+        finally:
+            self.kill()
+        ends = [read_outcome(self.work(rank).outcome(rank)) for rank in range(len(self.processes))]
+        assert all(ends), self.log()
+        return [end.message for end in ends if end]
+
+    def run(self, timeout: float = 120.0) -> TerminationMessage:
+        """Rank 0's message of a gang that must succeed."""
+        messages = self.start().wait(timeout)
+        assert [process.returncode for process in self.processes] == [0] * len(self.processes), self.log()
+        return messages[0]
+
+    def until(self, condition: Callable[[], object], timeout: float = 60.0) -> None:
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert time.monotonic() < deadline, self.log()
+            assert all(process.poll() is None for process in self.processes), self.log()
+            time.sleep(0.02)
+
+    def signal(self, rank: int, number: int = signal.SIGTERM) -> None:
+        self.processes[rank].send_signal(number)
+
+    def kill(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+    def log(self) -> str:
+        return "\n".join(path.read_text() for path in sorted(self.directory.glob("rank-*.log")))
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """Rank 0's log lines of one event."""
+        lines = (self.directory / "rank-0.log").read_text().splitlines()
+        events = [json.loads(line) for line in lines if line.startswith('{"time"')]
+        return [event for event in events if event["event"] == name]
+
+    def losses(self) -> list[float]:
+        return [event["loss"] for event in self.events("step")]
+
+    def _spawn(self, rank: int, port: str) -> subprocess.Popen[bytes]:
+        devices = self.config.devices
+        env = os.environ | self.s3.environment | {
+            "FINETUNE_RUN_CONFIG": str(self.directory / "run.json"),
+            "FINETUNE_WORK_DIR": str(self.work(rank).root),
+            "FINETUNE_POD_IP": "127.0.0.1",
+            "FINETUNE_ATTEMPT_UID": self.attempt_uid,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank % devices.processes_per_worker),
+            "WORLD_SIZE": str(devices.world_size),
+            "LOCAL_WORLD_SIZE": str(devices.processes_per_worker),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+        } | self.env  # fmt: skip
+        with (self.directory / f"rank-{rank}.log").open("wb") as out:
+            return subprocess.Popen(
+                [sys.executable, "-m", "finetune_trainer.train"], env=env, stdout=out, stderr=subprocess.STDOUT
+            )
+
+    def _index(self) -> PreparedData:
+        shards = [
+            self._shard("train", name, number, examples) for number, (name, examples) in enumerate(self.train.items())
+        ]
+        if self.validation:
+            shards.append(self._shard("validation", next(iter(self.train)), 0, self.validation))
+        return PreparedData.model_validate(
+            {
+                "jobUid": JOB_UID,
+                "specSha256": self.config.spec_sha256,
+                "inputs": [],
+                "datasetsSha256": {name: "d" * 64 for name in self.train},
+                "baseModel": [],
+                "baseModelSha256": "b" * 64,
+                "model": SHAPE,
+                "shards": shards,
+            }
+        )
+
+    def _shard(self, split: str, dataset: str, number: int, examples: list[Example]) -> Shard:
+        key = f"{split}/{number:05d}.parquet"
+        path = self.directory / "shards" / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kind = pa.list_(pa.int32())
+        columns = {"input_ids": [ids for ids, _ in examples], "labels": [labels for _, labels in examples]}
+        pq.write_table(pa.table({name: pa.array(values, kind) for name, values in columns.items()}), path)
+        return Shard.model_validate(
+            {
+                "key": key,
+                "split": split,
+                "dataset": dataset,
+                "rows": len(examples),
+                "tokens": sum(len(ids) for ids, _ in examples),
+                "trainedTokens": sum(label != -100 for _, labels in examples for label in labels),
+                "size": path.stat().st_size,
+                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            }
+        )
+
+
+def make_gang(
+    directory: Path,
+    s3: S3,
+    model: Path,
+    *,
+    bucket_prefix: str,
+    workers: int = 2,
+    processes: int = 1,
+    strategy: str = "DDP",
+    offload: str = "None",
+    micro_batch: int = 2,
+    examples: int = 64,
+    validation: int = 10,
+    training: dict[str, Any] | None = None,
+    **spec: Any,
+) -> Gang:
+    """A LoRA job over stride sequences: 16 examples a step, 8 steps unless `training` says otherwise."""
+    chosen: dict[str, Any] = {
+        "globalBatchSize": 16,
+        "maxSteps": 8,
+        "learningRate": 0.02,
+        "maxLength": 64,
+        "warmupRatio": 0.1,
+        "microBatchSize": micro_batch,
+    } | (training or {})
+    data = {
+        "tuning": {"type": "LoRA", "lora": {"rank": 4, "alpha": 8}},
+        "training": {name: value for name, value in chosen.items() if value is not None},
+        "checkpoint": {"interval": {"type": "Steps", "steps": 1000}},
+    } | spec
+    config = make_run_config(workers=workers, processes=processes, endpoint=s3.endpoint, **data)
+    accumulation = chosen["globalBatchSize"] // (workers * processes * micro_batch)
+    fields = config.to_json() | {
+        "attempt": 0,
+        "scratchUri": f"s3://bucket/{bucket_prefix}/.scratch/{JOB_UID}/",
+        "outputUri": f"s3://bucket/{bucket_prefix}/bot/",
+        "prepared": {
+            "indexURI": f"s3://bucket/{bucket_prefix}/.scratch/{JOB_UID}/data/index.json",
+            "indexSHA256": "0" * 64,
+            "reportURI": f"s3://bucket/{bucket_prefix}/.scratch/{JOB_UID}/data/data-report.json",
+            "model": SHAPE,
+            "trainExamples": examples,
+            "validationExamples": validation,
+            "testExamples": 0,
+            "trainTokens": 1,
+            "dropped": 0,
+            "maxTokens": 30,
+        },
+        "sizing": {
+            "strategy": strategy,
+            "microBatchSize": micro_batch,
+            "gradientAccumulation": accumulation,
+            "offload": offload,
+            "memoryPerGPU": 1,
+        },
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    names = [dataset.name for dataset in config.spec.datasets]
+    train = {name: make_examples(examples, seed) for seed, name in enumerate(names)}
+    return Gang(
+        directory, RunConfig.model_validate(fields), s3, model, train, make_examples(validation, 99) if validation else []
+    )

@@ -1,0 +1,159 @@
+"""What a person reads of a published adapter: the model card and the figures it is drawn from. Pure functions."""
+
+import json
+from collections.abc import Sequence
+
+from finetune_api.manifest import RunInfo
+from finetune_api.run import PreparedData, RunConfig
+from finetune_api.tuning import LoRA
+
+POINTS = 12
+"""Rows of the loss table."""
+BARS = "▁▂▃▄▅▆▇█"
+History = Sequence[dict[str, float]]
+
+
+def metrics_lines(history: History, metrics: dict[str, float]) -> str:
+    """metrics.jsonl: one object per logged step, and a last one with the final figures."""
+    return "".join(json.dumps(entry) + "\n" for entry in [*history, {"final": metrics}])
+
+
+def sparkline(values: Sequence[float], width: int = 60) -> str:
+    """The values as one line of bars, lowest to highest; empty for fewer than two."""
+    if len(values) < 2:
+        return ""
+    chosen = (
+        [values[round(i * (len(values) - 1) / (width - 1))] for i in range(width)] if len(values) > width else values
+    )
+    low, high = min(chosen), max(chosen)
+    return "".join(BARS[round((value - low) / ((high - low) or 1.0) * (len(BARS) - 1))] for value in chosen)
+
+
+def model_card(config: RunConfig, index: PreparedData, run: RunInfo, history: History, seconds: float) -> str:
+    """README.md of the adapter: where it comes from, how it was made, what it gained."""
+    parts = [
+        _front_matter(config),
+        f"# {config.job}\n\nA LoRA adapter for `{run.base_model_uri}`, trained by supervised fine-tuning.",
+        "## Results\n\n" + _results(run.metrics),
+        "## Use\n\n" + _use(run.base_model_uri),
+        "## Data\n\n" + _data(config, index, run),
+        "## Training\n\n" + _training(config, seconds, history),
+        "## Loss\n\n" + _loss(history),
+        "## Provenance\n\n" + _provenance(run),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(config: RunConfig) -> str:
+    # No licence: it depends on the base model's and the data's, which are not ours to state.
+    fields = {
+        "base_model": config.spec.base_model.uri,
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "sft"],
+    }
+    return "---\n" + "\n".join(f"{name}: {json.dumps(value)}" for name, value in fields.items()) + "\n---"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _results(metrics: dict[str, float]) -> str:
+    pairs = (("Validation loss", "evalLoss"), ("Validation perplexity", "perplexity"))
+    rows = [
+        [title, f"{metrics[f'{name}Before']:.4f}", f"{metrics[name]:.4f}"]
+        for title, name in pairs
+        if name in metrics and f"{name}Before" in metrics
+    ]
+    if not rows:
+        return "No validation data was given, so nothing was evaluated."
+    return _table(["", "Base model", "With this adapter"], rows)
+
+
+def _use(base_model_uri: str) -> str:
+    return (
+        "```python\n"
+        "from peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("<a copy of {base_model_uri}>")\n'
+        'model = PeftModel.from_pretrained(model, "<this folder>")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("<this folder>")\n'
+        "```"
+    )
+
+
+def _data(config: RunConfig, index: PreparedData, run: RunInfo) -> str:
+    rows = []
+    for dataset in config.spec.datasets:
+        shards = [shard for shard in index.shards if shard.dataset == dataset.name]
+        train = [shard for shard in shards if shard.split == "train"]
+        held_out = sum(shard.rows for shard in shards if shard.split == "validation")
+        rows.append(
+            [
+                dataset.name,
+                f"`{dataset.uri}`",
+                f"{sum(shard.rows for shard in train):,}",
+                f"{sum(shard.tokens for shard in train):,}",
+                f"{held_out:,}",
+                "in proportion" if dataset.weight is None else f"{dataset.weight:g}",
+                f"`{run.datasets_sha256.get(dataset.name, '')[:16]}`",
+            ]
+        )
+    head = ["Dataset", "From", "Examples", "Tokens", "Held out", "Weight", "SHA-256"]
+    dropped = ", ".join(f"{count:,} {cause}" for cause, count in sorted(index.dropped.items()) if count)
+    return _table(head, rows) + (f"\n\nLeft out: {dropped}." if dropped else "")
+
+
+def _training(config: RunConfig, seconds: float, history: History) -> str:
+    spec, sizing = config.spec, config.sizing
+    assert sizing
+    lora, training = spec.tuning.lora or LoRA(), spec.training
+    steps = int(history[-1]["step"]) if history else 0
+    rows = [
+        ["Method", f"{spec.method.type}, loss on {spec.method.sft.loss if spec.method.sft else 'Completion'}"],
+        [
+            "LoRA",
+            f"rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, on {', '.join(lora.target_modules)}",
+        ],
+        ["Steps", f"{steps:,} of {training.global_batch_size} {'packed rows' if _packed(config) else 'examples'}"],
+        ["Passes", f"{training.epochs:g}" if training.epochs else "by steps" if training.max_steps else "1"],
+        ["Learning rate", f"{training.learning_rate:g}, {training.schedule}, warm-up {training.warmup_ratio:.0%}"],
+        [
+            "Optimizer",
+            f"AdamW, weight decay {training.weight_decay:g}, gradients clipped at {training.max_grad_norm:g}",
+        ],
+        ["Length", f"at most {training.max_length:,} tokens"],
+        ["Precision", spec.base_model.dtype],
+        ["Seed", str(training.seed)],
+        ["Processes", f"{config.devices.world_size} ({config.devices.kind}), {sizing.strategy}"],
+        ["Time", f"{seconds:,.0f} s of training"],
+    ]
+    return _table(["", ""], rows)
+
+
+def _packed(config: RunConfig) -> bool:
+    return bool(config.spec.method.sft and config.spec.method.sft.packing)
+
+
+def _loss(history: History) -> str:
+    points = [(int(entry["step"]), entry["loss"]) for entry in history if "loss" in entry]
+    if not points:
+        return "Nothing was logged."
+    count = min(POINTS, len(points))
+    chosen = sorted({round(i * (len(points) - 1) / max(1, count - 1)) for i in range(count)})
+    rows = [[f"{points[i][0]:,}", f"{points[i][1]:.4f}"] for i in chosen]
+    line = sparkline([loss for _, loss in points])
+    return (f"`{line}`\n\n" if line else "") + _table(["Step", "Training loss"], rows)
+
+
+def _provenance(run: RunInfo) -> str:
+    rows = [
+        ["Job", f"{run.namespace}/{run.job}, attempt {run.attempt} (`{run.attempt_uid}`)"],
+        ["Spec SHA-256", f"`{run.spec_sha256}`"],
+        ["Base model SHA-256", f"`{run.base_model_sha256}`"],
+    ]
+    if run.image:
+        rows.append(["Image", f"`{run.image}`"])
+    return _table(["", ""], rows)

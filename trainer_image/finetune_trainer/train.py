@@ -1,0 +1,291 @@
+"""What each rank runs, `python -m finetune_trainer.train`, from top to bottom.
+
+    run.json -> process group -> data and model from the pod's disk -> newest checkpoint -> evaluate -> train -> evaluate
+    -> save -> publish -> outcome
+
+The launcher has pulled everything and set RANK and its like. How it ended stands in `WorkDir.outcome(rank)`.
+"""
+
+import os
+import sys
+import time
+import traceback
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from transformers import TrainingArguments
+
+from finetune_api.failures import FineTuneError, Reason, TerminationMessage, TrainingResult
+from finetune_api.manifest import RunInfo
+from finetune_api.run import PreparedData, RunConfig
+from finetune_api.sizing import Sizing
+from finetune_trainer import arguments, card, distributed, log, model, save, shards, state
+from finetune_trainer.batches import Examples, MicroBatches, Plan, rows_of
+from finetune_trainer.callbacks import Journal, Progress, Seeds, Signals, Steering
+from finetune_trainer.checkpoint import Checkpoints, Resumed
+from finetune_trainer.distributed import Ranks
+from finetune_trainer.evaluate import evaluate
+from finetune_trainer.methods import TRAINERS
+from finetune_trainer.outcome import failure_of, write_outcome
+from finetune_trainer.pace import Pace
+from finetune_trainer.publish import now, publish
+from finetune_trainer.report import Reporter
+from finetune_trainer.runconfig import read_config
+from finetune_trainer.storage import Store
+from finetune_trainer.workdir import WorkDir
+
+
+class Data(NamedTuple):
+    index: PreparedData
+    train: Examples
+    validation: Examples
+    plan: Plan
+
+
+def train(config: RunConfig, work: WorkDir, signals: Signals, reporter: Reporter, end: "End") -> None:
+    spec, sizing = config.spec, sizing_of(config)
+    reporter.phase("Loading")
+    ranks = distributed.start(config.devices, zero=sizing.strategy != "DDP")
+    store = Store(config.storage)
+    data = load_data(config, work, ranks)
+
+    # The arguments come before the model: under ZeRO-3 it is partitioned while it loads.
+    dtype = model.dtype_of(spec, config.devices)
+    args = make_arguments(config, work, data.plan, dtype)
+    base = model.load_model(work.model, dtype, config.devices)
+    tuned = model.tune(base, spec.tuning, spec.base_model.uri, spec.training.seed, sizing.gradient_checkpointing)
+
+    checkpoints = Checkpoints(store, config.scratch_uri, work, config.spec_sha256, ranks, spec.checkpoint.keep)
+    checkpoints.on_uploaded = reporter.checkpoint
+    resumed = checkpoints.newest()
+    end.journal = journal = Journal(resumed.saved if resumed else None)
+    trainer = TRAINERS[spec.method.type](tuned, args, micro_batches(config, data, ranks))
+    steering = steer(trainer, config, data, ranks, signals, reporter, checkpoints, journal, resumed)
+
+    trainer.train()
+    if steering.stopped:
+        checkpoints.wait()
+        distributed.stop(ranks)
+        raise FineTuneError(
+            Reason.PREEMPTED, f"the pod was asked to end after step {journal.step} of {data.plan.total_steps}"
+        )
+
+    reporter.phase("Evaluating")
+    metrics = journal.before | journal.after() | figures(trainer, data, ranks, sizing, "")
+    reporter.phase("Saving")
+    parameters, _, _ = state.capture(trainer)
+    distributed.stop(ranks)
+    if ranks.is_main:
+        end.result = publish_adapter(config, work, store, data, tuned, parameters, journal, metrics, reporter)
+        checkpoints.wait()
+
+
+def sizing_of(config: RunConfig) -> Sizing:
+    if config.sizing is None or config.prepared is None:
+        raise FineTuneError(Reason.INVALID_SPEC, "run.json: `sizing` and `prepared` are required for training")
+    return config.sizing
+
+
+def load_data(config: RunConfig, work: WorkDir, ranks: Ranks) -> Data:
+    """Collective: one rank of each pod decodes the shards, all map the result."""
+    spec, training = config.spec, config.spec.training
+    index = PreparedData.model_validate_json(work.index.read_bytes())
+    if ranks.local_rank == 0:
+        for split in ("train", "validation"):
+            shards.decode(index, [dataset.name for dataset in spec.datasets], split, work)
+    ranks.barrier()
+    examples = shards.load("train", work)
+    if not len(examples):
+        raise FineTuneError(Reason.DATA_INVALID, "spec.datasets: no training examples are left after cleaning")
+    plan = Plan(
+        rows_of(examples, packed(config), training.max_length, training.seed),
+        global_batch=training.global_batch_size,
+        weights=[dataset.weight for dataset in spec.datasets],
+        seed=training.seed,
+        epochs=training.epochs,
+        max_steps=training.max_steps,
+    )
+    validation = shards.load("validation", work)
+    if ranks.is_main:
+        log.event(
+            "data", examples=len(examples), rows=len(plan.rows), validation=len(validation), steps=plan.total_steps
+        )
+        if not len(validation):
+            log.event("no validation data: nothing will be evaluated", level="warning")
+    return Data(index, examples, validation, plan)
+
+
+def packed(config: RunConfig) -> bool:
+    return bool(config.spec.method.sft and config.spec.method.sft.packing)
+
+
+def make_arguments(config: RunConfig, work: WorkDir, plan: Plan, dtype: torch.dtype) -> TrainingArguments:
+    sizing, training = sizing_of(config), config.spec.training
+    name = next(name for name, known in model.DTYPES.items() if known == dtype)
+    kind = config.devices.kind
+    return TrainingArguments(
+        **arguments.training_arguments(
+            training,
+            sizing,
+            output=work.output,
+            total_steps=plan.total_steps,
+            dtype=name,
+            device=kind,
+            deepspeed=arguments.deepspeed_config(sizing, training, name, kind),
+        )
+    )
+
+
+def micro_batches(config: RunConfig, data: Data, ranks: Ranks) -> MicroBatches:
+    return MicroBatches(
+        data.plan,
+        data.train,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        micro_batch=sizing_of(config).micro_batch_size,
+        packed=packed(config),
+    )
+
+
+def steer(
+    trainer: Any,
+    config: RunConfig,
+    data: Data,
+    ranks: Ranks,
+    signals: Signals,
+    reporter: Reporter,
+    checkpoints: Checkpoints,
+    journal: Journal,
+    resumed: Resumed | None,
+) -> Steering:
+    """Hangs our part of the loop on the Trainer's: what precedes the first step, what follows each."""
+    pace = Pace(config.spec.checkpoint.interval, config.devices.workers)
+
+    def ready() -> None:
+        if packed(config):
+            model.assert_packing(trainer.model_wrapped, ranks.device)
+        if resumed:
+            state.restore(trainer, resumed.directory, resumed.saved)
+            trainer.start_at(resumed.saved.step)
+        elif len(data.validation):
+            reporter.phase("Evaluating")
+            journal.before = figures(trainer, data, ranks, sizing_of(config), "Before")
+        reporter.phase("Training")
+        # From here on a signal waits for the end of the step, and after the last one for the adapter.
+        signals.deferred = True
+        journal.start()
+        pace.started(journal.step, time.monotonic())
+
+    def save_state() -> None:
+        seconds = checkpoints.save(trainer, lambda count: journal.saved(count, state.loss_scale(trainer)))
+        pace.saved(journal.step, time.monotonic(), seconds)
+
+    def due(step: int) -> bool:
+        return not checkpoints.uploading and pace.due(step, time.monotonic())
+
+    trainer.save_state = save_state
+    steering = Steering(ranks, signals, due, ready)
+    for callback in (
+        Seeds(config.spec.training.seed, ranks.rank),
+        Progress(journal, data.plan, reporter, ranks),
+        steering,
+    ):
+        trainer.add_callback(callback)
+    return steering
+
+
+def figures(trainer: Any, data: Data, ranks: Ranks, sizing: Sizing, suffix: str) -> dict[str, float]:
+    """Loss and perplexity on the validation data, exact over all ranks; nothing where there is none."""
+    if not len(data.validation):
+        return {}
+    found = evaluate(trainer.model_wrapped, data.validation, ranks, sizing.micro_batch_size)
+    if ranks.is_main:
+        log.event("evaluated", when=suffix.lower() or "after", loss=round(found.loss, 4), tokens=found.tokens)
+    return {f"evalLoss{suffix}": found.loss, f"perplexity{suffix}": found.perplexity}
+
+
+def publish_adapter(
+    config: RunConfig,
+    work: WorkDir,
+    store: Store,
+    data: Data,
+    tuned: Any,
+    parameters: state.Tensors,
+    journal: Journal,
+    metrics: dict[str, float],
+    reporter: Reporter,
+) -> TrainingResult:
+    """Rank 0: the adapter below the attempt's own UID, its manifest last."""
+    save.save_adapter(tuned, parameters, work.output)
+    save.copy_tokenizer(work.model, work.output)
+    attempt_uid = os.environ["FINETUNE_ATTEMPT_UID"]
+    run = RunInfo(
+        namespace=config.namespace,
+        job=config.job,
+        job_uid=config.job_uid,
+        attempt=config.attempt or 0,
+        attempt_uid=attempt_uid,
+        spec_sha256=config.spec_sha256,
+        base_model_uri=config.spec.base_model.uri,
+        base_model_sha256=data.index.base_model_sha256,
+        datasets_sha256=data.index.datasets_sha256,
+        image=config.image,
+        metrics=metrics,
+    )
+    (work.output / "README.md").write_text(card.model_card(config, data.index, run, journal.history, journal.seconds))
+    (work.output / "metrics.jsonl").write_text(card.metrics_lines(journal.history, metrics))
+    reporter.phase("Publishing")
+    uri = f"{config.output_uri.rstrip('/')}/{attempt_uid}/"
+    done = publish(store, work.output, uri, kind="Adapter", step=journal.step, created_time=now(), run=run)
+    log.event("published", uri=uri, bytes=done.size, manifest_sha256=done.manifest_sha256)
+    return TrainingResult(uri=uri, manifest_sha256=done.manifest_sha256, size_bytes=done.size, metrics=metrics)
+
+
+class End:
+    """What is known when the program ends, however it ends."""
+
+    journal: Journal | None = None
+    result: TrainingResult | None = None
+
+    def message(self, rank: int, error: BaseException | None) -> TerminationMessage:
+        said = failure_of(explained(error)) if error else TerminationMessage(result=self.result)
+        known = (
+            {"step": self.journal.step, "resumed_from_step": self.journal.first_step or None} if self.journal else {}
+        )
+        return said.model_copy(update=known | {"rank": rank if error else None})
+
+
+def explained(error: BaseException) -> BaseException:
+    if isinstance(error, torch.OutOfMemoryError):
+        return FineTuneError(
+            Reason.OUT_OF_MEMORY,
+            f"the GPU's memory is exhausted; a smaller training.microBatchSize or maxLength would need less "
+            f"({str(error).splitlines()[0]})",
+        )
+    if isinstance(error, MemoryError):
+        return FineTuneError(Reason.HOST_OUT_OF_MEMORY, "the pod's memory is exhausted")
+    return error
+
+
+def main() -> int:
+    work, rank, end = WorkDir.from_env(), int(os.environ["RANK"]), End()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    # Our own reports say more; both would be posted.
+    os.environ["DISABLE_KUBEFLOW_INTEGRATION"] = "TRUE"
+    reporter = Reporter.from_env(enabled=rank == 0)
+    try:
+        train(read_config(), work, Signals(), reporter, end)
+    except Exception as error:
+        traceback.print_exc()
+        write_outcome(work.outcome(rank), message := end.message(rank, error))
+        reporter.close()
+        return message.exit_code
+    write_outcome(work.outcome(rank), end.message(rank, None))
+    reporter.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
