@@ -1,32 +1,48 @@
-"""What every suite may use: the shared API server, a fresh namespace, and a bare client."""
+"""What every suite may use: the shared clusters, a fresh namespace, and a bare client."""
+
+from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncIterator, Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
 from support.api import Api
-from support.clusters import Cluster, running_cluster
+from support.clusters import running
 from support.waiting import eventually
+
+if TYPE_CHECKING:
+    from finetune_sandbox.up import Sandbox
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """One for the whole run (with xdist: for each worker): tests keep apart by their namespaces."""
-    with running_cluster(tmp_path_factory.mktemp("cluster")) as running:
-        yield running
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
+    """An API server with its controllers, and no node: pods do what the test reports of them.
+
+    One for the whole run (with xdist: for each worker); tests keep apart by their namespaces.
+    """
+    with running(tmp_path_factory.mktemp("cluster"), node=False, s3=False) as sandbox:
+        yield sandbox
+
+
+@pytest.fixture(scope="session")
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
+    """A whole cluster: its node runs pods as processes, and it has S3. Shared as `cluster` is."""
+    with running(tmp_path_factory.mktemp("sandbox")) as sandbox:
+        yield sandbox
 
 
 @pytest.fixture
-async def api(cluster: Cluster) -> AsyncIterator[Api]:
-    """A bare client with a cluster administrator's rights."""
+async def api(cluster: Sandbox) -> AsyncIterator[Api]:
+    """A bare client of `cluster`, with an administrator's rights."""
     async with Api.connect(cluster.kubeconfig) as client:
         yield client
 
 
 @pytest.fixture
 async def namespace(api: Api) -> AsyncIterator[str]:
-    """A fresh namespace in which pods can be created; its deletion is asked for, but not waited for."""
+    """A fresh namespace of `cluster` in which pods can be created; its deletion is asked for, but not waited for."""
     name = f"test-{secrets.token_hex(4)}"
     (await api.create("/api/v1/namespaces", {"metadata": {"name": name}})).must(201)
     account = f"/api/v1/namespaces/{name}/serviceaccounts/default"

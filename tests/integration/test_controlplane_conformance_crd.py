@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
+from finetune_sandbox.up import Sandbox
 from support.api import Api, Object
-from support.clusters import Cluster
 from support.process import run
 from support.waiting import eventually
 from support.widgets import CRDS, SPEC_SCHEMA, Widgets, define, definition
@@ -274,7 +274,7 @@ async def test_a_bad_definition_is_refused(api: Api, case: str) -> None:
 
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
-async def test_kubectl_applies_gets_and_explains(cluster: Cluster, widgets: Widgets, tmp_path: Path) -> None:
+async def test_kubectl_applies_gets_and_explains(cluster: Sandbox, widgets: Widgets, tmp_path: Path) -> None:
     kubectl = [
         "kubectl",
         "--kubeconfig",

@@ -1,14 +1,16 @@
-"""The cluster that the tests of a run share: a real control plane where `$KUBEBUILDER_ASSETS` names one."""
+"""The clusters that the tests of a run share: on a real control plane where `$KUBEBUILDER_ASSETS` names one."""
+
+from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from finetune_sandbox.controlplane import ControlPlane, assets_from_environment
+if TYPE_CHECKING:
+    from finetune_sandbox.up import Sandbox
 
 T = TypeVar("T")
 
@@ -31,51 +33,18 @@ class LoopThread:
         self._loop.close()
 
 
-@dataclass(frozen=True)
-class Cluster:
-    """An API server with its controllers, and a cluster administrator's kubeconfig."""
-
-    name: Literal["sandbox", "kubernetes"]
-    kubeconfig: Path
-
-
-@asynccontextmanager
-async def _kubernetes(assets: Path, directory: Path) -> AsyncIterator[Cluster]:
-    async with ControlPlane(assets, directory) as plane:
-        yield Cluster("kubernetes", plane.kubeconfig)
-
-
-@asynccontextmanager
-async def _sandbox(directory: Path) -> AsyncIterator[Cluster]:
-    from finetune_sandbox.client import Client
-    from finetune_sandbox.jobs import JobController
-    from finetune_sandbox.server import ApiServer
-
-    server = ApiServer()
-    await server.start(directory)
-    try:
-        async with await Client.from_kubeconfig(server.kubeconfig) as client:
-            jobs = JobController(client)
-            jobs.start()
-            try:
-                yield Cluster("sandbox", server.kubeconfig)
-            finally:
-                await jobs.close()
-    finally:
-        await server.stop()
-
-
 @contextmanager
-def running_cluster(directory: Path) -> Iterator[Cluster]:
-    """No node runs its pods: a suite that needs one starts it."""
-    assets = assets_from_environment()
-    cluster = _kubernetes(assets, directory) if assets else _sandbox(directory)
+def running(directory: Path, **options: Any) -> Iterator[Sandbox]:
+    """A sandbox with these options, in a thread of its own: for fixtures and for tests that are not coroutines."""
+    from finetune_sandbox.up import Sandbox  # here, so that the unit tests need not wait for it
+
     loop = LoopThread()
     try:
-        running = loop.run(cluster.__aenter__())
+        sandbox = Sandbox(directory, **options)
+        loop.run(sandbox.start())
         try:
-            yield running
+            yield sandbox
         finally:
-            loop.run(cluster.__aexit__(None, None, None))
+            loop.run(sandbox.stop())
     finally:
         loop.close()
