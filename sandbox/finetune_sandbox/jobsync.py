@@ -78,7 +78,7 @@ def sync(job: Object, pods: Sequence[Object], now: datetime) -> Plan:
     target = _condition(status, "FailureTarget") or _condition(status, "SuccessCriteriaMet")
     decided_before = target is not None
     if target is None:
-        target = _failure(job, pods, failed, now, step)
+        target = _failure(job, tracked, failed, now, step)
         if target is None and len(completed) >= _completions(job) and not active:
             message = "Reached expected number of succeeded pods"
             target = _new("SuccessCriteriaMet", "True", "CompletionsReached", message, now)
@@ -151,10 +151,10 @@ def _ignored(job: Object, pod: Object) -> bool:
     return matched is not None and matched.action == "Ignore"
 
 
-def _failure(job: Object, pods: Sequence[Object], failed: int, now: datetime, step: _Step) -> dict[str, Any] | None:
+def _failure(job: Object, tracked: Sequence[Object], failed: int, now: datetime, step: _Step) -> dict[str, Any] | None:
     """The condition FailureTarget of a Job that must end now; looks ahead to the deadline otherwise."""
     spec = job["spec"]
-    for pod in pods:
+    for pod in tracked:  # a pod without the finalizer was counted before, or deleted by a suspend
         if pod["status"].get("phase") == "Failed":
             matched = match(spec.get("podFailurePolicy"), pod)
             if matched and matched.action == "FailJob":
@@ -190,7 +190,7 @@ def _manage(
     """Creates or deletes pods towards the parallelism that is wanted; suspends and resumes."""
     status = step.status
     if job["spec"].get("suspend"):
-        step.delete = active
+        _remove(active, step)
         if _condition(status, "Suspended") is None:
             _set(status, _new("Suspended", "True", "JobSuspended", "Job suspended", now))
             step.notices.append(Notice("Normal", "Suspended", "Job suspended"))
@@ -203,7 +203,7 @@ def _manage(
             step.requeue_after = seconds
     completions = _completions(job)
     wanted = min(completions - len(completed), job["spec"].get("parallelism", 1))
-    step.delete = _surplus(active, wanted, completions)
+    _remove(_surplus(active, wanted, completions), step)
     taken = completed | {index for pod in active if (index := completion_index(pod)) is not None}
     missing = wanted - len(active)
     if only_replace_failed(job):
@@ -216,6 +216,12 @@ def _manage(
         return
     free = [index for index in range(completions) if index not in taken]
     step.create = [make_pod(job, index) for index in free[:missing]]
+
+
+def _remove(pods: list[Object], step: _Step) -> None:
+    """Deletes pods that did no wrong: without their finalizer they are not counted as failures."""
+    step.delete = pods
+    step.release += pods
 
 
 def _surplus(active: Sequence[Object], wanted: int, completions: int) -> list[Object]:
