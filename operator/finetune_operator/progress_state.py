@@ -177,11 +177,13 @@ class ProgressBook:
         if entry is None or (entry.uid, entry.attempt) != (uid, attempt):
             entry = self._entries[key] = _Entry(uid, attempt, seen=now, due=now)
         before, entry.seen = entry.status, now
-        report = with_steps(report)
+        report = self._with_total(entry, with_steps(report))
         # What a stock Trainer estimates is wrong after a resume; it is believed only where no steps are told.
         eta = report.estimated_remaining_seconds
         if report.step is not None:
-            eta = self._estimate(entry, before, report.step, report, now)
+            if not entry.samples or report.step > entry.samples[-1].step:
+                entry.samples.append(Sample(now, report.step))
+            eta = remaining_seconds(entry.samples, report.total_steps, now)
         told = report.model_copy(
             update={
                 "attempt": attempt,
@@ -198,17 +200,13 @@ class ProgressBook:
                 entry.due = now
         return entry.status
 
-    def _estimate(
-        self, entry: _Entry, before: TrainerStatus | None, step: int, report: TrainerStatus, now: float
-    ) -> int | None:
-        total = report.total_steps
-        if before is not None and report.stage not in (None, before.stage):
+    def _with_total(self, entry: _Entry, report: TrainerStatus) -> TrainerStatus:
+        """The report with the total that was told before; another stage has its own, and its own pace."""
+        before = entry.status
+        if before is None or report.stage not in (None, before.stage):
             entry.samples.clear()
-        elif before is not None and total is None:
-            total = before.total_steps
-        if not entry.samples or step > entry.samples[-1].step:
-            entry.samples.append(Sample(now, step))
-        return remaining_seconds(entry.samples, total, now)
+            return report
+        return report.model_copy(update={"total_steps": _or(report.total_steps, before.total_steps)})
 
     def due(self, now: float) -> list[Write]:
         """The writes whose time has come; each is to be settled. Forgets jobs that have been silent for long."""
