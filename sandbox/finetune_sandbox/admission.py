@@ -68,7 +68,7 @@ def _mount_token(spec: Obj) -> None:
     """Adds the token volume to the containers that mount nothing there yet."""
     mount: Obj = {"name": f"kube-api-access-{random_suffix()}", "readOnly": True, "mountPath": TOKEN_PATH}
     used = False
-    for container in [*spec.get("initContainers", ()), *spec.get("containers", ())]:
+    for container in [*(spec.get("initContainers") or ()), *(spec.get("containers") or ())]:
         if isinstance(container, dict) and all(
             m.get("mountPath") != TOKEN_PATH for m in container.get("volumeMounts", ())
         ):

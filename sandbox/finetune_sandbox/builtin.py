@@ -7,7 +7,7 @@ import itertools
 from typing import Any
 
 from finetune_sandbox import canonical
-from finetune_sandbox.errors import Cause, Obj, duplicate, not_supported, required, wrong
+from finetune_sandbox.errors import Cause, Obj, duplicate, not_allowed, not_supported, required, wrong
 from finetune_sandbox.meta import LABEL_1035, LABEL_1035_RULE, check_labels
 
 MAX_DATA = 1024 * 1024
@@ -106,8 +106,8 @@ def check_data(obj: Obj, old: Obj | None) -> list[Cause]:
                 continue
             size += len(value.encode())
             if not key or len(key) > 253 or not all(c.isalnum() or c in "-_." for c in key) or key in (".", ".."):
-                found.append(wrong(f"{field}[{key}]", key, "a valid config key must consist of alphanumeric characters, "
-                                   "'-', '_' or '.'"))  # fmt: skip
+                why = "a valid config key must consist of alphanumeric characters, '-', '_' or '.'"
+                found.append(wrong(f"{field}[{key}]", key, why))
             if obj["kind"] == "Secret" or field == "binaryData":
                 try:
                     base64.b64decode(value, validate=True)
@@ -246,7 +246,7 @@ def check_priority(obj: Obj, old: Obj | None) -> list[Cause]:
         found.append(wrong("value", obj["value"], "maximum allowed value of a user defined priority is 1000000000"))
     for field in ("value", "preemptionPolicy"):
         if old is not None and obj[field] != old[field]:
-            found.append(Cause(field, "Forbidden: may not be changed in an update.", "FieldValueForbidden"))
+            found.append(not_allowed(field, "may not be changed in an update."))
     return found
 
 

@@ -6,6 +6,7 @@ The CEL library has the core language. Of Kubernetes' extensions there are the s
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -34,70 +35,34 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "lastIndexOf": lambda s, part: s.rfind(part),
     "charAt": lambda s, i: s[i : i + 1],
     "find": _find,
-    "isSorted": lambda items: all(a <= b for a, b in zip(items, items[1:], strict=False)),
+    "isSorted": lambda items: all(a <= b for a, b in itertools.pairwise(items)),
     "sum": lambda items: sum(items),
     "min": lambda items: min(items),
     "max": lambda items: max(items),
 }
 _CORE = frozenset(
     [
-        "size",
-        "string",
-        "int",
-        "uint",
-        "double",
-        "bool",
-        "bytes",
-        "type",
-        "dyn",
-        "matches",
-        "contains",
-        "startsWith",
-        "endsWith",
-        "duration",
-        "timestamp",
-        "getFullYear",
-        "getMonth",
-        "getDate",
-        "getDayOfMonth",
-        "getDayOfWeek",
-        "getDayOfYear",
-        "getHours",
-        "getMinutes",
-        "getSeconds",
-        "getMilliseconds",
-        "has",
-        "all",
-        "exists",
-        "exists_one",
-        "map",
-        "filter",
+        *("size", "string", "int", "uint", "double", "bool", "bytes", "type", "dyn", "has", "all", "exists"),
+        *(
+            "exists_one",
+            "map",
+            "filter",
+            "matches",
+            "contains",
+            "startsWith",
+            "endsWith",
+            "duration",
+            "timestamp",
+            "getFullYear",
+        ),
+        *("getMonth", "getDate", "getDayOfMonth", "getDayOfWeek", "getDayOfYear", "getHours", "getMinutes"),
+        *("getSeconds", "getMilliseconds"),
     ]
 )
-_TYPES = frozenset(["int", "uint", "double", "bool", "string", "bytes", "list", "map", "type", "null_type"])
 _RESERVED = frozenset(
     [
-        "true",
-        "false",
-        "null",
-        "in",
-        "as",
-        "break",
-        "const",
-        "continue",
-        "else",
-        "for",
-        "function",
-        "if",
-        "import",
-        "let",
-        "loop",
-        "package",
-        "namespace",
-        "return",
-        "var",
-        "void",
-        "while",
+        *("true", "false", "null", "in", "as", "break", "const", "continue", "else", "for", "function", "if", "import"),
+        *("let", "loop", "package", "namespace", "return", "var", "void", "while"),
     ]
 )
 _REASONS = frozenset({"FieldValueRequired", "FieldValueForbidden", "FieldValueInvalid", "FieldValueDuplicate"})
@@ -247,7 +212,7 @@ def _cause(rule: Rule, path: str, shape: str, message: str) -> Cause:
 
 
 def to_cel(schema: Schema, value: Any, *, top: bool = False) -> Any:
-    """A value as CEL sees it: numbers are doubles, names that CEL reserves are escaped, unknown fields are not there."""
+    """A value as CEL sees it: numbers are doubles, names that CEL reserves are escaped, unknown fields are left out."""
     if isinstance(value, dict):
         properties, extra = schema.get("properties", {}), schema.get("additionalProperties")
         keep = schema.get("x-kubernetes-preserve-unknown-fields")

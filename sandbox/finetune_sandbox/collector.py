@@ -180,6 +180,6 @@ class Collector:
         for entry in entries:
             if "deletionTimestamp" not in entry.obj["metadata"]:
                 self.registry.delete(self.registry.kinds.by_key[name], *entry.key, DeleteOptions())
-        if not any(self.store.tables[name].spaces.values()):
-            if custom.CLEANUP in crd.obj["metadata"].get("finalizers", ()):
-                self._release(crds, crd, custom.CLEANUP)
+        empty = not any(self.store.tables[name].spaces.values())
+        if empty and custom.CLEANUP in crd.obj["metadata"].get("finalizers", ()):
+            self._release(crds, crd, custom.CLEANUP)

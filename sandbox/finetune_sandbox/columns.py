@@ -60,6 +60,10 @@ def _completions(job: Obj) -> str:
     return f"{done}/1 of {parallel}" if parallel > 1 else f"{done}/1"
 
 
+def _each_container(job: Obj, field: str) -> str:
+    return ",".join(c[field] for c in job["spec"]["template"]["spec"]["containers"])
+
+
 def _duration(job: Obj) -> str:
     start, end = job["status"].get("startTime"), job["status"].get("completionTime")
     if not start:
@@ -97,8 +101,9 @@ def _event_object(event: Obj) -> str:
 
 
 def _last_seen(event: Obj) -> str:
-    return since((event.get("series") or {}).get("lastObservedTime") or event.get("lastTimestamp") or event.get("eventTime")
-                 or event["metadata"]["creationTimestamp"])  # fmt: skip
+    series = (event.get("series") or {}).get("lastObservedTime")
+    seen = series or event.get("lastTimestamp") or event.get("eventTime")
+    return since(seen or event["metadata"]["creationTimestamp"])
 
 
 NAMESPACE = (_path("Status", ".status.phase"), AGE)

@@ -174,13 +174,13 @@ def _node(node: Obj, path: str) -> list[Cause]:
         found.append(not_supported(f"{path}.x-kubernetes-list-type", list_type, ("atomic", "map", "set")))
     if (list_type == "map") != bool(keys):
         found.append(required(f"{path}.x-kubernetes-list-map-keys", "must be set if and only if the list type is map"))
-    items = node.get("items") if isinstance(node.get("items"), dict) else {}
+    items: Obj = node["items"] if isinstance(node.get("items"), dict) else {}
     for i, key in enumerate(keys or ()):
         if key not in items.get("properties", {}):
             found.append(wrong(f"{path}.x-kubernetes-list-map-keys[{i}]", key, "must be a property of the items"))
         elif key not in items.get("required", ()) and "default" not in items["properties"][key]:
-            found.append(required(f"{path}.items.properties[{key}].default", "this property is in "
-                                  "x-kubernetes-list-map-keys, so it must have a default or be a required property"))  # fmt: skip
+            why = "this property is in x-kubernetes-list-map-keys, so it must have a default or be a required property"
+            found.append(required(f"{path}.items.properties[{key}].default", why))
     if list_type and kind != "array":
         found.append(wrong(f"{path}.type", kind, "must be array if x-kubernetes-list-type is specified"))
     if keys and len(set(keys)) != len(keys):

@@ -9,7 +9,7 @@ from finetune_sandbox.errors import Obj
 from finetune_sandbox.resources import Resource
 
 _EVENT_FIELDS = (
-    *(f"involvedObject.{f}" for f in ("kind", "namespace", "name", "uid", "apiVersion", "resourceVersion", "fieldPath")),
+    *(f"involvedObject.{f}" for f in ("kind", "namespace", "name", "uid", "apiVersion", "fieldPath")),
     "reason",
     "reportingComponent",
     "type",
@@ -27,7 +27,8 @@ _RBAC = "rbac.authorization.k8s.io"
 
 BUILTIN: tuple[Resource, ...] = (
     Resource("", "v1", "namespaces", "Namespace", False, ("ns",), fields=("status.phase",), status=True, names="label",
-             subresources=("finalize",), default=builtin.namespace, prepare=builtin.new_namespace, columns=columns.NAMESPACE),
+             subresources=("finalize",), default=builtin.namespace, prepare=builtin.new_namespace,
+             columns=columns.NAMESPACE),
     Resource("", "v1", "pods", "Pod", True, ("po",), ("all",), _POD_FIELDS, status=True, generation=True,
              subresources=("binding", "eviction", "log"), default=podkind.default, prepare=podkind.prepare,
              validate=podkind.validate, columns=columns.POD),
@@ -37,7 +38,8 @@ BUILTIN: tuple[Resource, ...] = (
     Resource("", "v1", "configmaps", "ConfigMap", True, ("cm",), validate=builtin.check_data, columns=columns.DATA),
     Resource("", "v1", "secrets", "Secret", True, fields=("type",), default=builtin.secret, validate=builtin.check_data,
              columns=columns.SECRET),
-    Resource("", "v1", "serviceaccounts", "ServiceAccount", True, ("sa",), subresources=("token",), columns=columns.ACCOUNT),
+    Resource("", "v1", "serviceaccounts", "ServiceAccount", True, ("sa",), subresources=("token",),
+             columns=columns.ACCOUNT),
     Resource("", "v1", "events", "Event", True, ("ev",), fields=_EVENT_FIELDS, validate=builtin.check_event,
              columns=columns.EVENT),
     Resource("", "v1", "nodes", "Node", False, ("no",), fields=("spec.unschedulable",), status=True, keeps_status=True,
@@ -50,8 +52,8 @@ BUILTIN: tuple[Resource, ...] = (
     Resource("coordination.k8s.io", "v1", "leases", "Lease", True, columns=columns.LEASE),
     Resource("networking.k8s.io", "v1", "networkpolicies", "NetworkPolicy", True, ("netpol",), generation=True,
              default=builtin.network_policy, validate=builtin.check_network_policy, columns=columns.NETWORK_POLICY),
-    Resource("policy", "v1", "poddisruptionbudgets", "PodDisruptionBudget", True, ("pdb",), status=True, generation=True,
-             validate=builtin.check_budget),
+    Resource("policy", "v1", "poddisruptionbudgets", "PodDisruptionBudget", True, ("pdb",), status=True,
+             generation=True, validate=builtin.check_budget),
     Resource(_RBAC, "v1", "roles", "Role", names="path", validate=builtin.check_role),
     Resource(_RBAC, "v1", "rolebindings", "RoleBinding", names="path", default=builtin.binding,
              validate=builtin.check_binding),
@@ -81,11 +83,12 @@ def _reviews(group: str, *resources: str) -> dict[str, Any]:
     return {"verbs": ["create"], "apiGroups": [group], "resources": list(resources)}
 
 
+_NAMESPACES = ("default", "kube-system", "kube-public", "kube-node-lease")
 _PUBLIC = ["/healthz", "/livez", "/readyz", "/version", "/version/"]
-_DISCOVERY = ["/api", "/api/*", "/apis", "/apis/*", "/healthz", "/livez", "/readyz", "/openapi", "/openapi/*", "/version"]
+_DISCOVERY = [*_PUBLIC, "/api", "/api/*", "/apis", "/apis/*", "/openapi", "/openapi/*"]
 
 DEFAULTS: tuple[tuple[str, str, Obj], ...] = (
-    *(("namespaces", "", {"metadata": {"name": n}}) for n in ("default", "kube-system", "kube-public", "kube-node-lease")),
+    *(("namespaces", "", {"metadata": {"name": n}}) for n in _NAMESPACES),
     *(
         ("priorityclasses.scheduling.k8s.io", "", {"metadata": {"name": n}, "value": v})
         for n, v in (("system-cluster-critical", 2_000_000_000), ("system-node-critical", 2_000_001_000))

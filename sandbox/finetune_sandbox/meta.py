@@ -51,6 +51,10 @@ LABEL_1035_RULE = (
     "and end with an alphanumeric character (e.g. 'my-name',  or 'abc-123', regex used for validation is "
     "'[a-z]([-a-z0-9]*[a-z0-9])?')"
 )
+KEY_RULE = (
+    "name part must consist of alphanumeric characters, '-', '_' or '.', with an optional DNS subdomain prefix and '/' "
+    "(e.g. 'example.com/MyName')"
+)
 VALUE_RULE = (
     "a valid label must be an empty string or consist of alphanumeric characters, '-', '_' or '.', and must start and "
     "end with an alphanumeric character (e.g. 'MyValue',  or 'my_value',  or '12345', regex used for validation is "
@@ -130,8 +134,7 @@ def check_labels(labels: Mapping[str, str], field: str) -> list[Cause]:
 def _check_key(key: str, field: str) -> list[Cause]:
     prefix, slash, name = key.rpartition("/")
     if not QUALIFIED.fullmatch(name) or (slash and not SUBDOMAIN.fullmatch(prefix)):
-        return [wrong(field, key, "name part must consist of alphanumeric characters, '-', '_' or '.', with an optional "
-                      "DNS subdomain prefix and '/' (e.g. 'example.com/MyName')")]  # fmt: skip
+        return [wrong(field, key, KEY_RULE)]
     return []
 
 

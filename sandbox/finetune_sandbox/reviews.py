@@ -68,6 +68,7 @@ class Reviews:
         if path is not None:
             asked = Attributes(path.get("verb", ""), path=path.get("path", ""))
         else:
+            assert resource is not None
             keys = ("verb", "group", "resource", "subresource", "namespace", "name")
             asked = Attributes(**{k: str(resource.get(k, "")) for k in keys})
         return {"allowed": self.authorizer.allows(user, asked)}

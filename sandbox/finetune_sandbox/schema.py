@@ -1,7 +1,7 @@
 """Structural schemas: prune, default and validate a custom object as the API server does.
 
-Pruning and defaulting change the object in place. Validation follows ratcheting: on update a part that did not change is
-not validated again, so a rule that became stricter does not lock existing objects.
+Pruning and defaulting change the object in place. Validation ratchets: on update a part that did not change is not
+validated again, so a rule that became stricter does not lock existing objects.
 """
 
 from __future__ import annotations
@@ -135,6 +135,7 @@ _NAMES = {
 
 
 def _type(schema: Schema, value: Any, path: str) -> Cause | None:
+    wanted: tuple[type, ...]
     if schema.get("x-kubernetes-int-or-string"):
         wanted, names = (int, str), "integer,string"
     elif not (names := schema.get("type", "")):
@@ -210,7 +211,7 @@ def _string(schema: Schema, value: str, path: str) -> list[Cause]:
         found.append(_body(path, value, f"should be at least {schema['minLength']} chars long"))
     if "pattern" in schema and not pattern(schema["pattern"]).search(value):
         found.append(_body(path, value, f"should match '{schema['pattern']}'"))
-    if (form := schema.get("format")) in _FORMATS and not _FORMATS[form](value):
+    if (form := str(schema.get("format"))) in _FORMATS and not _FORMATS[form](value):
         found.append(_body(path, value, f"must be of type {form}: {shown(value)}"))
     return found
 

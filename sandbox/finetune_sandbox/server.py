@@ -80,7 +80,7 @@ class ApiServer:
 
     async def start(self, directory: Path, host: str = "127.0.0.1", port: int = 0) -> None:
         """Serves on `host:port` (0 = any free port); certificates and the kubeconfig go to `directory`."""
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)  # noqa: ASYNC240  (once, before anything is served)
         authority = Authority("finetune-sandbox-ca")
         hosts = tuple(dict.fromkeys((host, "127.0.0.1", "localhost", "kubernetes.default.svc")))
         pair = authority.issue("kube-apiserver", hosts=hosts)
@@ -135,7 +135,8 @@ class ApiServer:
             return answer(self.reviews.create(route, user, body), 201)
         resource = self.kinds.find(route.group, route.version, route.plural)
         if resource is None:
-            discovery.refuse_unserved(route)
+            if verb in ("create", "update", "patch"):
+                discovery.refuse_unserved(route)
             raise path_not_found()
         if resource.namespaced and not route.namespace and verb not in ("list", "watch"):
             raise method_not_allowed() if not route.name else path_not_found()

@@ -28,6 +28,8 @@ from finetune_sandbox.resources import Resource
 from finetune_sandbox.selectors import from_label_selector
 from finetune_sandbox.store import Entry, Filter, dump
 
+LOG_OPTIONS = {"container", "follow", "tailLines", "pretty", "insecureSkipTLSVerifyBackend"}
+
 
 class LogSource(Protocol):
     """Where pod logs come from. The iterator ends when the log does, with `follow` when the container does."""
@@ -161,14 +163,14 @@ def _container(pod: Obj, wanted: str) -> str:
             raise bad_request(
                 f"a container name must be specified for pod {pod['metadata']['name']}, choose one of: [{listed}]"
             )
-        return names[0]
+        return str(names[0])
     if wanted not in names:
         raise bad_request(f"container {wanted} is not valid for pod {pod['metadata']['name']}")
     return wanted
 
 
 def _spend(budget: Obj) -> None:
-    """Raises ApiError 429: no controller counts disruptions here, so a budget allows none until someone writes its status."""
+    """Raises ApiError 429. No controller counts disruptions here: a budget allows none until its status is written."""
     status, name = budget.get("status") or {}, budget["metadata"]["name"]
     if status.get("observedGeneration", 0) < budget["metadata"]["generation"]:
         why = f"The disruption budget {name} is still being processed by the server."
