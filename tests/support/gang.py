@@ -1,4 +1,4 @@
-"""A gang of ranks as real processes over gloo: a tiny model and shards on each pod's disk, checkpoints and output in S3."""
+"""A gang of ranks as real processes over gloo: model and shards on each pod's disk, checkpoints and output in S3."""
 
 import hashlib
 import json
@@ -158,7 +158,25 @@ class Gang:
         return [event for event in events if event["event"] == name]
 
     def losses(self) -> list[float]:
-        return [event["loss"] for event in self.events("step")]
+        """The training loss of each step, from the published metrics.jsonl: over all attempts."""
+        prefix = self.config.output_uri + self.attempt_uid
+        lines = self.s3.get(f"{prefix}/metrics.jsonl").decode().splitlines()
+        return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
+
+    def published(self, directory: Path) -> Path:
+        """The published files, downloaded into `directory`."""
+        bucket, _, prefix = f"{self.config.output_uri}{self.attempt_uid}/".removeprefix("s3://").partition("/")
+        for key in self.s3.keys(bucket, prefix):
+            path = directory / key.removeprefix(prefix)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(self.s3.get(f"s3://{bucket}/{key}"))
+        return directory
+
+    def checkpoints(self) -> list[int]:
+        """Steps of the complete checkpoints."""
+        bucket, _, prefix = f"{self.config.scratch_uri}checkpoints/".removeprefix("s3://").partition("/")
+        keys = self.s3.keys(bucket, prefix)
+        return sorted(int(key.split("/step-")[1][:8]) for key in keys if key.endswith("/manifest.json"))
 
     def _spawn(self, rank: int, port: str) -> subprocess.Popen[bytes]:
         devices = self.config.devices
@@ -192,7 +210,7 @@ class Gang:
                 "jobUid": JOB_UID,
                 "specSha256": self.config.spec_sha256,
                 "inputs": [],
-                "datasetsSha256": {name: "d" * 64 for name in self.train},
+                "datasetsSha256": dict.fromkeys(self.train, "d" * 64),
                 "baseModel": [],
                 "baseModelSha256": "b" * 64,
                 "model": SHAPE,
@@ -281,5 +299,10 @@ def make_gang(
     names = [dataset.name for dataset in config.spec.datasets]
     train = {name: make_examples(examples, seed) for seed, name in enumerate(names)}
     return Gang(
-        directory, RunConfig.model_validate(fields), s3, model, train, make_examples(validation, 99) if validation else []
+        directory,
+        RunConfig.model_validate(fields),
+        s3,
+        model,
+        train,
+        make_examples(validation, 99) if validation else [],
     )

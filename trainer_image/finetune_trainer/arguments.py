@@ -12,7 +12,10 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8
 
 
 def deepspeed_config(sizing: Sizing, training: Training, dtype: str, device: str) -> dict[str, Any] | None:
-    """DeepSpeed's configuration, or None where no ZeRO stage is used. `dtype`: BFloat16, Float16 or Float32; `device`: CPU or CUDA."""
+    """DeepSpeed's configuration, or None where no ZeRO stage is used.
+
+    `dtype`: BFloat16, Float16 or Float32; `device`: CPU or CUDA.
+    """
     if sizing.strategy == "DDP":
         return None
     stage = STAGES[sizing.strategy]

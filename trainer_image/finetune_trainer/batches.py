@@ -1,13 +1,14 @@
 """Which rows make up which optimizer step: a pure function of (data, seed, step), the same for any number of ranks.
 
-A *row* is what the model sees as one sequence: an example, or several packed ones. All rows of the run form one stream:
-epoch after epoch, each a new permutation. Step s takes the next `global_batch` rows of it. Nothing of this is state, so a
-resumed run needs the number of its first step and nothing else.
+A *row* is what the model sees as one sequence: an example, or several packed ones. All rows of the run form one
+stream: epoch after epoch, each a new permutation. Step s takes the next `global_batch` rows of it. Nothing of this is
+state, so a resumed run needs the number of its first step and nothing else.
 """
 
 import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -39,13 +40,14 @@ class Examples:
 
     @property
     def lengths(self) -> Ints:
-        return np.diff(self.offsets)
+        return cast(Ints, np.diff(self.offsets))
 
     def trained(self) -> Ints:
         """Tokens of each example that carry loss: the first one has nothing to be predicted from."""
         learned = np.concatenate([[0], np.cumsum(self.labels != IGNORED, dtype=np.int64)])
         first = self.labels[np.minimum(self.offsets[:-1], max(0, len(self.labels) - 1))] != IGNORED
-        return learned[self.offsets[1:]] - learned[self.offsets[:-1]] - (first & (self.lengths > 0))
+        counted: Ints = learned[self.offsets[1:]] - learned[self.offsets[:-1]] - (first & (self.lengths > 0))
+        return counted
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Rows:
 
 
 def rows_of(examples: Examples, packing: bool, max_length: int, seed: int) -> Rows:
-    """One row per example or, packed, as few rows of at most `max_length` tokens as best-fit finds; never two datasets in one row."""
+    """One row per example or, packed, few rows of at most `max_length` tokens; never two datasets in one row."""
     lengths, trained = examples.lengths, examples.trained()
     bins: list[list[int]] = []
     if not packing:
@@ -90,7 +92,7 @@ def rows_of(examples: Examples, packing: bool, max_length: int, seed: int) -> Ro
 
 
 def pack(ids: Ints, lengths: Ints, capacity: int) -> list[list[int]]:
-    """Best-fit decreasing: each example goes where it leaves the least room. An example longer than `capacity` stays alone."""
+    """Best-fit decreasing: each example goes where it leaves the least room; one longer than `capacity` stays alone."""
     rows: list[list[int]] = []
     by_room: dict[int, list[int]] = {}  # room left -> rows with that room
     rooms: list[int] = []  # the keys of by_room, ascending
@@ -131,7 +133,7 @@ def shares(sizes: Sequence[int], weights: Sequence[float | None]) -> list[int]:
 
 
 class Plan:
-    """The rows of every optimizer step. Pure: the same arguments give the same steps on every rank and in every attempt."""
+    """The rows of every optimizer step: the same arguments give the same steps on every rank and in every attempt."""
 
     def __init__(
         self,
@@ -201,7 +203,7 @@ class Plan:
         return mixed[np.random.default_rng((self.seed, epoch, 2)).permutation(len(mixed))]
 
     def _take(self, dataset: int, start: int, stop: int) -> Ints:
-        """Rows [start, stop) of one dataset's own stream: permutation after permutation, so that each is seen before any again."""
+        """Rows [start, stop) of one dataset's own stream: permutation after permutation, each row before any again."""
         ids = self._ids[dataset]
         first, last = start // len(ids), (stop - 1) // len(ids)
         passes = [

@@ -118,7 +118,7 @@ class Steering(TrainerCallback):  # type: ignore[misc]
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]
-    """The figures of each logged step: to the log, the history and the progress server; a loss that is no number ends the run."""
+    """The figures of each logged step: to the log, the history and the progress server. Raises Diverged."""
 
     def __init__(self, journal: Journal, plan: Plan, reporter: Reporter, ranks: Ranks) -> None:
         self._journal, self._plan, self._reporter, self._ranks = journal, plan, reporter, ranks

@@ -117,7 +117,7 @@ def _training(config: RunConfig, seconds: float, history: History) -> str:
             "LoRA",
             f"rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, on {', '.join(lora.target_modules)}",
         ],
-        ["Steps", f"{steps:,} of {training.global_batch_size} {'packed rows' if _packed(config) else 'examples'}"],
+        ["Steps", f"{steps:,}, {training.global_batch_size} {'packed rows' if _packed(config) else 'examples'} each"],
         ["Passes", f"{training.epochs:g}" if training.epochs else "by steps" if training.max_steps else "1"],
         ["Learning rate", f"{training.learning_rate:g}, {training.schedule}, warm-up {training.warmup_ratio:.0%}"],
         [

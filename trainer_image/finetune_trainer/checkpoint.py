@@ -1,7 +1,8 @@
 """Checkpoints in the job's scratch prefix: `checkpoints/step-00000200/…`, the manifest last.
 
 Saving stops training for as long as it takes to copy the trained state to a local file; the upload goes on beside it.
-Resuming takes the newest one whose manifest and files verify and whose spec is this job's; what is torn is named and skipped.
+Resuming takes the newest one whose manifest and files verify and whose spec is this job's; what is torn is named and
+skipped.
 """
 
 import re

@@ -1,7 +1,7 @@
-"""The process group: one store on the first pod's own address, gloo or NCCL on top, and a gloo group for small decisions.
+"""The process group: one store on the first pod's own address, gloo or NCCL on top, a gloo group for small decisions.
 
-Rank 0 binds the store's socket itself and hands it over: torch would listen on every address, and two gangs on one host
-would fight for the port.
+Rank 0 binds the store's socket itself and hands it over: torch would listen on every address, and two gangs on one
+host would fight for the port.
 """
 
 import datetime
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # exported where torch has distributed
 
 from finetune_api.failures import FineTuneError, Reason
 from finetune_api.run import Devices
@@ -120,16 +121,16 @@ def _device(devices: Devices, local_rank: int) -> torch.device:
     return device
 
 
-def _store(rank: int, world_size: int, address: str) -> dist.TCPStore:
+def _store(rank: int, world_size: int, address: str) -> TCPStore:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if rank != 0:
-        return dist.TCPStore(host, port, world_size, is_master=False, timeout=TIMEOUT, wait_for_workers=False)
+        return TCPStore(host, port, world_size, is_master=False, timeout=TIMEOUT, wait_for_workers=False)
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((address, port))
     listener.listen(1024)
-    return dist.TCPStore(
+    return TCPStore(
         address,
         port,
         world_size,
@@ -141,7 +142,7 @@ def _store(rank: int, world_size: int, address: str) -> dist.TCPStore:
 
 
 def _bind_gloo(address: str) -> None:
-    """gloo asks the hostname's resolver for its interface otherwise, which knows nothing of a pod's loopback address."""
+    """gloo would ask the hostname's resolver for its interface, which knows nothing of a pod's loopback address."""
     if "GLOO_SOCKET_IFNAME" in os.environ:
         return
     name = "lo" if ipaddress.ip_address(address).is_loopback else _interface_of(address)

@@ -24,8 +24,8 @@ class Evaluation(NamedTuple):
 def batches_of(examples: Examples, rank: int, world_size: int, batch_size: int) -> list[tuple[Ints, bool]]:
     """This rank's batches of example ids, longest first, and whether each counts.
 
-    Every rank gets the same number of them, since a forward pass may be a collective (ZeRO-3): who has too few repeats one
-    that does not count.
+    Every rank gets the same number of them, since a forward pass may be a collective (ZeRO-3): who has too few repeats
+    one that does not count.
     """
     order = np.argsort(-examples.lengths, kind="stable")
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

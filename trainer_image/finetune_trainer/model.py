@@ -65,7 +65,7 @@ def lora_config(lora: LoRA, base_model_uri: str) -> LoraConfig:
 
 
 def tune(model: Any, tuning: Tuning, base_model_uri: str, seed: int, gradient_checkpointing: bool) -> PeftModel:
-    """The model with an adapter to train and everything else frozen; the same adapter on every rank. Raises InvalidSpec."""
+    """The model with an adapter to train and the rest frozen; the same adapter on every rank. Raises InvalidSpec."""
     if tuning.type != "LoRA":
         raise FineTuneError(Reason.INVALID_SPEC, f"spec.tuning.type: found {tuning.type}; this version supports LoRA")
     set_seed(seed)
@@ -89,7 +89,7 @@ def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def assert_packing(forward: Any, device: torch.device) -> None:
-    """Packed examples must not see each other: the second one's logits may not depend on the first. Raises InvalidSpec."""
+    """Packed examples must not see each other: the second's logits may not depend on the first. Raises InvalidSpec."""
     second = [5, 6, 7, 8]
     ids = torch.tensor([[1, 2, 3, *second], [4, 3, 1, *second]], device=device)
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]], device=device).expand(2, -1)
@@ -99,6 +99,6 @@ def assert_packing(forward: Any, device: torch.device) -> None:
     if difference > 1e-3 * max(1.0, float(logits.abs().max())):
         raise FineTuneError(
             Reason.INVALID_SPEC,
-            f"spec.method.sft.packing: found true; this model lets packed examples see each other (logits differ by {difference:.2g}); "
-            "set it to false",
+            "spec.method.sft.packing: found true; this model lets packed examples see each other (logits differ by "
+            f"{difference:.2g}); set it to false",
         )

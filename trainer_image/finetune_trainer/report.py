@@ -1,7 +1,7 @@
 """Tells the progress server how far training is, without ever slowing or ending it.
 
-A thread of its own posts the newest status, at most one every MIN_SECONDS; what is overtaken is never sent. A failure is
-logged once per kind and the next post tries again.
+A thread of its own posts the newest status, at most one every MIN_SECONDS; what is overtaken is never sent. A failure
+is logged once per kind and the next post tries again.
 """
 
 import datetime
@@ -50,10 +50,10 @@ class Server:
 
 
 class Reporter:
-    """The status of this run; `server` None keeps it to itself."""
+    """The status of this run. `server` None: it goes to the log alone; not `enabled`: nowhere."""
 
-    def __init__(self, server: Server | None, min_seconds: float = MIN_SECONDS) -> None:
-        self._server, self._min_seconds = server, min_seconds
+    def __init__(self, server: Server | None, enabled: bool = True, min_seconds: float = MIN_SECONDS) -> None:
+        self._server, self._enabled, self._min_seconds = server, enabled, min_seconds
         self._status = TrainerStatus()
         self._changed = threading.Condition()
         self._dirty = self._urgent = self._closing = False
@@ -67,13 +67,14 @@ class Reporter:
         """`enabled`: one rank of the gang reports."""
         url = os.environ.get("KUBEFLOW_TRAINER_SERVER_URL")
         if not enabled or not url:
-            return cls(None)
+            return cls(None, enabled)
         token, ca = (os.environ.get(f"KUBEFLOW_TRAINER_SERVER_{name}") for name in ("TOKEN", "CA_CERT"))
         return cls(Server(url, Path(token) if token else None, Path(ca) if ca else None))
 
     def phase(self, phase: Phase) -> None:
         """Sent at once: people wait for it."""
-        log.event("phase", phase=phase)
+        if self._enabled:
+            log.event("phase", phase=phase)
         self._update(urgent=True, phase=phase)
 
     def progress(self, step: int, total_steps: int, metrics: dict[str, float], remaining_seconds: float | None) -> None:

@@ -20,8 +20,11 @@ TOKENIZER_FILES = (
 
 
 def save_adapter(model: Any, parameters: Tensors, directory: Path) -> None:
-    """adapter_model.safetensors (float32) and adapter_config.json; `parameters` are the trained ones, whole, by name."""
+    """adapter_model.safetensors (float32) and adapter_config.json; `parameters`: the trained ones, whole, by name."""
     shutil.rmtree(directory, ignore_errors=True)
+    for config in model.peft_config.values():
+        if isinstance(config.target_modules, set):  # a set is written in another order each time
+            config.target_modules = sorted(config.target_modules)
     # "auto" would look the base model up on a hub to see whether its vocabulary grew.
     model.save_pretrained(directory, state_dict=parameters, safe_serialization=True, save_embedding_layers=False)
     # safetensors writes files that only their owner may read.

@@ -68,6 +68,7 @@ def _read(path: Path, shard: Shard) -> tuple[list[NDArray[np.int32]], NDArray[np
     if len(columns[0]) != shard.tokens or len(columns[1]) != shard.tokens or len(ends) != shard.rows:
         raise FineTuneError(
             Reason.DATA_INVALID,
-            f"{shard.key}: {len(ends):,} rows and {len(columns[0]):,} tokens; the index says {shard.rows:,} and {shard.tokens:,}",
+            f"{shard.key}: {len(ends):,} rows and {len(columns[0]):,} tokens; the index says {shard.rows:,} and "
+            f"{shard.tokens:,}",
         )
     return columns, ends

@@ -1,11 +1,11 @@
-"""The training state as plain tensors and JSON: the same files for DDP and every ZeRO stage, and for any number of ranks.
+"""The training state as plain tensors and JSON: the same files for DDP and every ZeRO stage, for any number of ranks.
 
     adapter.safetensors     the trained parameters, float32, by name
     optimizer.safetensors   Adam's moments: `<name>|exp_avg`, `<name>|exp_avg_sq`
     state.json              SavedState
 
-Nothing is pickled. What else a run depends on, the order of the data and the random numbers of dropout, is a function of
-(seed, step, rank) and needs no saving.
+Nothing is pickled. What else a run depends on, the order of the data and the random numbers of dropout, is a function
+of (seed, step, rank) and needs no saving.
 """
 
 from pathlib import Path
@@ -74,7 +74,7 @@ def restore(trainer: Any, directory: Path, saved: SavedState) -> None:
             parameter.data.copy_(parameters[name])
             if saved.optimizer_step:
                 optimizer.state[parameter] = _adam_state(
-                    saved.optimizer_step, *(moments[f"{name}|{key}"].to(parameter.device) for key in MOMENTS), optimizer
+                    optimizer, saved.optimizer_step, *(moments[f"{name}|{key}"].to(parameter.device) for key in MOMENTS)
                 )
         scheduler = trainer.lr_scheduler
         if saved.loss_scale and trainer.accelerator.scaler is not None:
@@ -125,7 +125,7 @@ def _restore_zero(
         # Adam makes its moments at its first step; they must exist to be filled.
         for part in _partitions(zero):
             zero.optimizer.state[part] = _adam_state(
-                count, torch.zeros_like(part), torch.zeros_like(part), zero.optimizer
+                zero.optimizer, count, torch.zeros_like(part), torch.zeros_like(part)
             )
         if link := getattr(zero, "_lazy_init_hp_params_optimizer_state", None):
             link()
@@ -152,7 +152,7 @@ def _adam(trainer: Any) -> Any:
     return getattr(trainer.optimizer, "optimizer", trainer.optimizer)
 
 
-def _adam_state(count: int, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, optimizer: Any) -> dict[str, torch.Tensor]:
+def _adam_state(optimizer: Any, count: int, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor) -> dict[str, torch.Tensor]:
     # A fused or capturable Adam counts on the device, the plain one on the CPU.
     on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
     step = torch.tensor(float(count), device=exp_avg.device if on_device else "cpu")

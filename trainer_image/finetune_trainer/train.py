@@ -1,15 +1,17 @@
 """What each rank runs, `python -m finetune_trainer.train`, from top to bottom.
 
-    run.json -> process group -> data and model from the pod's disk -> newest checkpoint -> evaluate -> train -> evaluate
-    -> save -> publish -> outcome
+    run.json -> process group -> data and model from the pod's disk -> newest checkpoint -> evaluate -> train
+    -> evaluate -> save -> publish -> outcome
 
 The launcher has pulled everything and set RANK and its like. How it ended stands in `WorkDir.outcome(rank)`.
 """
 
+import logging
 import os
 import sys
 import time
 import traceback
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +39,7 @@ from finetune_trainer.workdir import WorkDir
 
 
 class Data(NamedTuple):
-    index: PreparedData
+    prepared: PreparedData
     train: Examples
     validation: Examples
     plan: Plan
@@ -228,12 +230,14 @@ def publish_adapter(
         attempt_uid=attempt_uid,
         spec_sha256=config.spec_sha256,
         base_model_uri=config.spec.base_model.uri,
-        base_model_sha256=data.index.base_model_sha256,
-        datasets_sha256=data.index.datasets_sha256,
+        base_model_sha256=data.prepared.base_model_sha256,
+        datasets_sha256=data.prepared.datasets_sha256,
         image=config.image,
         metrics=metrics,
     )
-    (work.output / "README.md").write_text(card.model_card(config, data.index, run, journal.history, journal.seconds))
+    (work.output / "README.md").write_text(
+        card.model_card(config, data.prepared, run, journal.history, journal.seconds)
+    )
     (work.output / "metrics.jsonl").write_text(card.metrics_lines(journal.history, metrics))
     reporter.phase("Publishing")
     uri = f"{config.output_uri.rstrip('/')}/{attempt_uid}/"
@@ -268,10 +272,18 @@ def explained(error: BaseException) -> BaseException:
     return error
 
 
-def main() -> int:
-    work, rank, end = WorkDir.from_env(), int(os.environ["RANK"]), End()
+def quiet_libraries() -> None:
+    """Our own lines say what happens; the libraries' deprecations are for us to read when a version changes."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    for name in ("accelerate", "peft", "DeepSpeed", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|accelerate|deepspeed)(\.|$)")
+
+
+def main() -> int:
+    work, rank, end = WorkDir.from_env(), int(os.environ["RANK"]), End()
+    quiet_libraries()
     # Our own reports say more; both would be posted.
     os.environ["DISABLE_KUBEFLOW_INTEGRATION"] = "TRUE"
     reporter = Reporter.from_env(enabled=rank == 0)

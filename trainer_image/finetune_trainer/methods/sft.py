@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from finetune_trainer.batches import Batch, MicroBatches
 from finetune_trainer.evaluate import token_losses
@@ -19,6 +19,8 @@ from finetune_trainer.evaluate import token_losses
 class SFTTrainer(Trainer):  # type: ignore[misc]
     def __init__(self, model: Any, args: TrainingArguments, batches: MicroBatches) -> None:
         super().__init__(model=model, args=args)
+        # It would print every line a second time, on every rank.
+        self.remove_callback(PrinterCallback)
         self.batches = batches
         self.loss_is_scaled_for_ga = True
         self.save_state: Callable[[], None] = lambda: None
@@ -35,7 +37,7 @@ class SFTTrainer(Trainer):  # type: ignore[misc]
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], torch.Tensor | None]:
-        """The micro-batches of one optimizer step, and the learned tokens of the whole global batch: known without asking."""
+        """The micro-batches of one step, and the learned tokens of the whole global batch: known without asking."""
         batches = list(islice(epoch_iterator, num_batches))
         items = [batch.pop("num_items") for batch in batches]
         return batches, items[0] if items else None
