@@ -1,0 +1,139 @@
+"""PURE. May this job run, and under which profile? A refusal is one sentence that names the field."""
+
+import datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from finetune_api.failures import Reason
+from finetune_api.job import FineTuneJob, parse
+from finetune_api.jobstatus import FineTuneJobStatus
+from finetune_api.model import Problem, problems_of
+from finetune_api.profile import DEFAULT_ANNOTATION, FineTuneProfile
+from finetune_api.support import unsupported, unsupported_profile
+
+Object = Mapping[str, Any]
+MANAGER = "finetune.dev/operator"
+MAX_LABEL = 63
+
+
+@dataclass(frozen=True)
+class Refusal:
+    reason: Reason
+    message: str
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The FineTuneJob that a plan is made for: what is needed even where its spec cannot be read."""
+
+    namespace: str
+    name: str
+    uid: str
+    generation: int
+    resource_version: str
+    created: datetime.datetime
+    deleting: bool
+    foreign: bool
+    """Another controller's, by runPolicy.managedBy."""
+    ttl_seconds: int | None
+    """Also of a job that cannot be read otherwise."""
+    status: FineTuneJobStatus
+    job: FineTuneJob | Refusal
+
+    @classmethod
+    def read(cls, raw: Object) -> "Subject":
+        """Raises ValidationError where the *status* is not ours: then nothing can be known, and nothing may be done."""
+        meta = raw["metadata"]
+        policy = (raw.get("spec") or {}).get("runPolicy") or {}
+        ttl = policy.get("ttlSecondsAfterFinished")
+        return cls(
+            namespace=meta["namespace"],
+            name=meta["name"],
+            uid=meta["uid"],
+            generation=meta.get("generation", 0),
+            resource_version=meta["resourceVersion"],
+            created=datetime.datetime.fromisoformat(meta["creationTimestamp"]),
+            deleting="deletionTimestamp" in meta,
+            foreign=policy.get("managedBy", MANAGER) != MANAGER,
+            ttl_seconds=ttl if isinstance(ttl, int) else None,
+            status=FineTuneJobStatus.model_validate(raw.get("status") or {}),
+            job=_read_spec(raw),
+        )
+
+
+def _read_spec(raw: Object) -> FineTuneJob | Refusal:
+    try:
+        job = parse({key: value for key, value in raw.items() if key != "status"})
+    except ValidationError as error:
+        return _invalid(problems_of(error))
+    problems = unsupported(job.spec)
+    # These two become labels, which are shorter than names.
+    for field, value in (
+        ("name", job.spec.queue and job.spec.queue.name),
+        ("priorityClassName", job.spec.queue and job.spec.queue.priority_class_name),
+    ):
+        if value and len(value) > MAX_LABEL:
+            problems.append(Problem(("spec", "queue", field), f"has {len(value)} characters; at most 63 are allowed"))
+    return _invalid(problems) if problems else job
+
+
+def _invalid(problems: Sequence[Problem]) -> Refusal:
+    rest = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+    return Refusal(Reason.INVALID_SPEC, "; ".join(map(str, problems[:5]))[:2048] + rest)
+
+
+def select_profile(wanted: str | None, profiles: Sequence[Object]) -> FineTuneProfile | Refusal:
+    """The profile that the job names, else the default one. A refusal is not for ever: profiles come and change."""
+    if wanted:
+        found = [p for p in profiles if p["metadata"]["name"] == wanted]
+        hint = f"FineTuneProfile {wanted!r} does not exist"
+    else:
+        found = [
+            p for p in profiles if (p["metadata"].get("annotations") or {}).get(DEFAULT_ANNOTATION, "false") == "true"
+        ]
+        hint = f"is absent, and no FineTuneProfile has the annotation {DEFAULT_ANNOTATION}: 'true'"
+    if not found:
+        return Refusal(Reason.PROFILE_NOT_FOUND, f"spec.profile: {hint}; the job starts when there is one")
+    # Several defaults are a mistake of the platform's; the choice must still be the same each time.
+    raw = min(found, key=lambda p: str(p["metadata"]["name"]))
+    try:
+        profile = FineTuneProfile.model_validate(raw)
+        problems = unsupported_profile(profile.spec)
+    except ValidationError as error:
+        problems = problems_of(error)
+    if problems:
+        text = "; ".join(map(str, problems[:5]))
+        name = raw["metadata"]["name"]
+        return Refusal(Reason.PROFILE_NOT_FOUND, f"FineTuneProfile {name!r} cannot be used: {text}"[:2048])
+    return profile
+
+
+def check(job: FineTuneJob, profile: FineTuneProfile) -> Refusal | None:
+    """What the profile does not allow this job."""
+    spec, rules, limits = job.spec, profile.spec, profile.spec.limits
+    gpus = spec.distribution.workers * spec.distribution.gpus_per_worker
+    account = spec.credentials and spec.credentials.service_account_name
+    deadline = spec.run_policy.active_deadline_seconds
+    if rules.allowed_namespaces and job.metadata.namespace not in rules.allowed_namespaces:
+        allowed = ", ".join(rules.allowed_namespaces[:20])
+        return _refuse(profile, "metadata.namespace", job.metadata.namespace, f"allowed are {allowed}")
+    if limits.max_workers and spec.distribution.workers > limits.max_workers:
+        return _refuse(profile, "spec.distribution.workers", spec.distribution.workers, f"at most {limits.max_workers}")
+    if limits.max_gpus and gpus > limits.max_gpus:
+        return _refuse(profile, "spec.distribution (workers x gpusPerWorker)", gpus, f"at most {limits.max_gpus}")
+    if limits.max_active_deadline_seconds and deadline and deadline > limits.max_active_deadline_seconds:
+        most = limits.max_active_deadline_seconds
+        return _refuse(profile, "spec.runPolicy.activeDeadlineSeconds", deadline, f"at most {most}")
+    if account and account not in rules.service_accounts:
+        allowed = ", ".join(rules.service_accounts[:20]) or "none"
+        return _refuse(profile, "spec.credentials.serviceAccountName", account, f"allowed are {allowed}")
+    return None
+
+
+def _refuse(profile: FineTuneProfile, field: str, found: object, allowed: str) -> Refusal:
+    return Refusal(
+        Reason.NOT_ALLOWED_BY_PROFILE, f"{field}: found {found}; profile {profile.metadata.name!r} says: {allowed}"
+    )

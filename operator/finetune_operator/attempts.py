@@ -1,0 +1,119 @@
+"""PURE. status.attempts: what has been tried, brought up to date with what is observed, and what that costs."""
+
+import datetime
+import hashlib
+from collections.abc import Sequence
+
+from finetune_api.failures import Outcome, Reason, outcome_of
+from finetune_api.jobstatus import Attempt
+from finetune_operator.classify import ending
+from finetune_operator.observe import Child, Observed, Pod
+
+KEEP = 256
+"""The bound of status.attempts."""
+LOST_AFTER = datetime.timedelta(seconds=60)
+"""How long after the end of its grace a pod that is being deleted may still be there before its node counts as lost."""
+BACKOFF_SECONDS = 10.0
+MAX_BACKOFF_SECONDS = 600.0
+
+
+def update(known: Sequence[Attempt], observed: Observed, now: datetime.datetime) -> tuple[Attempt, ...]:
+    """The attempts with what their Jobs have come to. One whose Job is there but was never recorded is added."""
+    by_number = {attempt.number: attempt for attempt in known}
+    children = {child.attempt: child for child in observed.gangs}
+    for number, child in children.items():
+        assert number is not None
+        by_number.setdefault(number, Attempt(number=number, job=child.name, uid=child.uid))
+    updated = [
+        attempt if attempt.outcome else _observe(attempt, children.get(number), observed, now)
+        for number, attempt in sorted(by_number.items())
+    ]
+    return bounded(updated)
+
+
+def _observe(attempt: Attempt, child: Child | None, observed: Observed, now: datetime.datetime) -> Attempt:
+    if child is None or child.deleting or (attempt.uid and child.uid != attempt.uid):
+        return close(attempt, Reason.PREEMPTED, f"Job {attempt.job} was deleted", now)
+    attempt = attempt.model_copy(update={"uid": child.uid})
+    pods = observed.pods_of(child.uid)
+    end = ending(child, pods, now)
+    if end is None:
+        if lost := next((pod for pod in pods if is_lost(pod, now)), None):
+            text = f"{lost.name}: node {lost.node} does not answer"
+            return close(attempt, Reason.NODE_LOST, text, now).model_copy(update={"node": lost.node})
+        # A queue that takes its admission back stops the clock: running time starts anew, as after a suspend.
+        start = None if child.suspended else attempt.start_time or _started(child, pods)
+        return attempt.model_copy(update={"start_time": start})
+    return attempt.model_copy(
+        update={
+            "start_time": attempt.start_time or _started(child, pods),
+            "completion_time": end.time,
+            "outcome": end.outcome,
+            "reason": end.reason.value if end.reason else None,
+            "message": end.message or None,
+            "exit_code": end.exit_code,
+            "rank": end.rank,
+            "node": end.node,
+            "resumed_from_step": end.resumed_from_step,
+        }
+    )
+
+
+def close(
+    attempt: Attempt, reason: Reason, message: str, now: datetime.datetime, outcome: Outcome | None = None
+) -> Attempt:
+    """The attempt, ended by something other than its own pods."""
+    changes = {
+        "completion_time": now,
+        "outcome": outcome or outcome_of(reason),
+        "reason": reason.value,
+        "message": message,
+    }
+    return attempt.model_copy(update=changes)
+
+
+def close_open(
+    attempts: Sequence[Attempt], reason: Reason, message: str, now: datetime.datetime, outcome: Outcome | None = None
+) -> tuple[Attempt, ...]:
+    return tuple(a if a.outcome else close(a, reason, message, now, outcome) for a in attempts)
+
+
+def _started(child: Child, pods: Sequence[Pod]) -> datetime.datetime | None:
+    """When the last worker of the gang began to run; None while one does not."""
+    times = {pod.index: pod.started for pod in pods if pod.started}
+    return max(times.values()) if len(times) >= child.workers else None
+
+
+def is_lost(pod: Pod, now: datetime.datetime) -> bool:
+    return not pod.over and pod.deletion is not None and now >= pod.deletion + LOST_AFTER
+
+
+def failures(attempts: Sequence[Attempt]) -> int:
+    """How many of runPolicy.maxAttempts are used up."""
+    return sum(attempt.outcome in ("Retryable", "Permanent") for attempt in attempts)
+
+
+def running_time(
+    attempts: Sequence[Attempt], since: datetime.datetime | None, now: datetime.datetime
+) -> datetime.timedelta:
+    """How long gangs ran, from their last worker's start on, counting those that started after `since`."""
+    counted = [a for a in attempts if a.start_time and (since is None or a.start_time >= since)]
+    spans = ((a.completion_time or now) - a.start_time for a in counted if a.start_time)
+    return sum((max(span, datetime.timedelta()) for span in spans), datetime.timedelta())
+
+
+def backoff(uid: str, failed: int) -> datetime.timedelta:
+    """Before the attempt that follows `failed` failures, in whole seconds: doubled each time, and by up to a quarter
+    longer, which the job's UID decides: jobs of a broken node come back one by one, and a replay decides the same."""
+    seconds = min(BACKOFF_SECONDS * 2.0 ** max(0, failed - 1), MAX_BACKOFF_SECONDS)
+    fraction = int.from_bytes(hashlib.sha256(f"{uid}/{failed}".encode()).digest()[:4], "big") / 2**32
+    return datetime.timedelta(seconds=round(seconds * (1 + fraction / 4)))
+
+
+def bounded(attempts: Sequence[Attempt]) -> tuple[Attempt, ...]:
+    """At most KEEP: preemptions are forgotten first, because failures are counted."""
+    kept = list(attempts)
+    while len(kept) > KEEP:
+        oldest = next((i for i, attempt in enumerate(kept[:-1]) if attempt.outcome == "Preempted"), 0)
+        del kept[oldest]
+    return tuple(kept)

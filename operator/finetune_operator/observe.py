@@ -1,0 +1,174 @@
+"""PURE. Jobs and pods as the API server sends them -> the few facts that decisions are made of."""
+
+import datetime
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from finetune_api.failures import TerminationMessage
+from finetune_operator.manifests import ATTEMPT_LABEL, CONTAINER, PREPARE
+
+Object = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ContainerEnd:
+    """How the trainer's container ended."""
+
+    exit_code: int
+    oom_killed: bool
+    finished: datetime.datetime | None
+    text: str
+    """The termination message as it was left."""
+
+    @property
+    def message(self) -> TerminationMessage | None:
+        return TerminationMessage.decode(self.text) if self.text else None
+
+
+@dataclass(frozen=True)
+class Pod:
+    name: str
+    owner: str
+    """UID of its Job."""
+    index: int | None
+    """The worker that it is."""
+    phase: str
+    created: datetime.datetime
+    deletion: datetime.datetime | None
+    """When its grace is over, where it is being deleted."""
+    node: str | None
+    started: datetime.datetime | None
+    """When its container began to run."""
+    end: ContainerEnd | None
+    waiting: tuple[str, str] | None
+    """Reason and message of a container that cannot start."""
+    unschedulable: str | None
+    """The scheduler's message."""
+    disruption: tuple[str, str] | None
+    """Reason and message of its DisruptionTarget condition."""
+    evicted: str | None
+    """The kubelet's message where it used more of its node than it may."""
+
+    @property
+    def over(self) -> bool:
+        return self.phase in ("Succeeded", "Failed")
+
+    @property
+    def running(self) -> bool:
+        return self.phase == "Running" and self.started is not None and self.end is None and self.deletion is None
+
+
+@dataclass(frozen=True)
+class Child:
+    """A batch/v1 Job of ours."""
+
+    name: str
+    uid: str
+    attempt: int | None
+    """None: `prepare`."""
+    created: datetime.datetime
+    workers: int
+    suspended: bool
+    deleting: bool
+    finished: Literal["Complete", "Failed"] | None
+    finished_at: datetime.datetime | None
+    message: str
+    """Of the condition that finished it."""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Everything there is of one FineTuneJob, read live."""
+
+    jobs: tuple[Child, ...] = ()
+    pods: tuple[Pod, ...] = ()
+
+    @property
+    def prepare(self) -> Child | None:
+        return next((job for job in self.jobs if job.attempt is None), None)
+
+    @property
+    def gangs(self) -> tuple[Child, ...]:
+        return tuple(job for job in self.jobs if job.attempt is not None)
+
+    def pods_of(self, uid: str | None) -> tuple[Pod, ...]:
+        return tuple(pod for pod in self.pods if pod.owner == uid)
+
+
+def observe(uid: str, jobs: Iterable[Object], pods: Iterable[Object]) -> Observed:
+    """What belongs to the FineTuneJob of this UID. Jobs of an earlier one of the same name are not its own."""
+    own = [_child(raw) for raw in jobs if controller_uid(raw) == uid]
+    return Observed(
+        tuple(sorted(own, key=lambda job: -1 if job.attempt is None else job.attempt)),
+        tuple(sorted((_pod(raw) for raw in pods), key=lambda pod: (pod.index or 0, pod.name))),
+    )
+
+
+def controller_uid(raw: Object) -> str | None:
+    owners = raw["metadata"].get("ownerReferences") or ()
+    return next((owner["uid"] for owner in owners if owner.get("controller")), None)
+
+
+def _child(raw: Object) -> Child:
+    meta, spec, status = raw["metadata"], raw["spec"], raw.get("status") or {}
+    attempt = meta["labels"][ATTEMPT_LABEL]
+    complete, failed = _condition(status, "Complete"), _condition(status, "Failed")
+    ended = complete or failed
+    return Child(
+        name=meta["name"],
+        uid=meta["uid"],
+        attempt=None if attempt == PREPARE else int(attempt),
+        created=_time(meta["creationTimestamp"]),
+        workers=spec.get("completions", 1),
+        suspended=bool(spec.get("suspend")),
+        deleting="deletionTimestamp" in meta,
+        finished="Complete" if complete else "Failed" if failed else None,
+        finished_at=_time(ended["lastTransitionTime"]) if ended and ended.get("lastTransitionTime") else None,
+        message=(ended or {}).get("message") or "",
+    )
+
+
+def _pod(raw: Object) -> Pod:
+    meta, status = raw["metadata"], raw.get("status") or {}
+    container: Object = next((c for c in status.get("containerStatuses") or () if c["name"] == CONTAINER), {})
+    state = container.get("state") or {}
+    running, ended, waiting = state.get("running"), state.get("terminated"), state.get("waiting")
+    started = (running or ended or {}).get("startedAt")
+    scheduled: Object = next((c for c in status.get("conditions") or () if c["type"] == "PodScheduled"), {})
+    disrupted = _condition(status, "DisruptionTarget")
+    index = (meta.get("annotations") or {}).get("batch.kubernetes.io/job-completion-index")
+    refused = scheduled.get("status") == "False" and scheduled.get("reason") == "Unschedulable"
+    return Pod(
+        name=meta["name"],
+        owner=controller_uid(raw) or "",
+        index=int(index) if index is not None else None,
+        phase=status.get("phase", "Pending"),
+        created=_time(meta["creationTimestamp"]),
+        deletion=_time(meta["deletionTimestamp"]) if "deletionTimestamp" in meta else None,
+        node=(raw.get("spec") or {}).get("nodeName"),
+        started=_time(started) if started else None,
+        end=_end(ended) if ended else None,
+        waiting=(waiting["reason"], waiting.get("message") or "") if waiting and waiting.get("reason") else None,
+        unschedulable=scheduled.get("message") or "no node has room for the pod" if refused else None,
+        disruption=(disrupted.get("reason") or "", disrupted.get("message") or "") if disrupted else None,
+        evicted=(status.get("message") or "evicted by its node") if status.get("reason") == "Evicted" else None,
+    )
+
+
+def _end(terminated: Object) -> ContainerEnd:
+    finished = terminated.get("finishedAt")
+    return ContainerEnd(
+        exit_code=terminated.get("exitCode", 0),
+        oom_killed=terminated.get("reason") == "OOMKilled",
+        finished=_time(finished) if finished else None,
+        text=terminated.get("message") or "",
+    )
+
+
+def _condition(status: Object, kind: str) -> Object | None:
+    return next((c for c in status.get("conditions") or () if c["type"] == kind and c["status"] == "True"), None)
+
+
+def _time(text: str) -> datetime.datetime:
+    return datetime.datetime.fromisoformat(text)
