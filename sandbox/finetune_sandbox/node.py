@@ -78,7 +78,7 @@ class Node:
     ) -> None:
         self.name = name
         self._client = client
-        self._directory = directory
+        self.directory = directory
         self._resources = host_resources(resources or {})
         self._options = options
         self._recorder = Recorder(client, "process-node", name, now)
@@ -108,11 +108,11 @@ class Node:
 
     async def _make_host(self) -> Host:
         system = await self._client.get(NAMESPACES, None, "kube-system")
-        self._directory.mkdir(parents=True, exist_ok=True)
+        self.directory.mkdir(parents=True, exist_ok=True)
         identity = f"{system['metadata']['uid']}-{self.name}"
         shared = Path("/dev/shm")
-        memory = (shared if os.access(shared, os.W_OK) else self._directory) / f"finetune-{identity}"
-        for left_over in (self._directory / "pods", memory):  # of a node that was killed
+        memory = (shared if os.access(shared, os.W_OK) else self.directory) / f"finetune-{identity}"
+        for left_over in (self.directory / "pods", memory):  # of a node that was killed
             await asyncio.to_thread(shutil.rmtree, left_over, ignore_errors=True)
         groups = MemoryGroups(self.name)
         if groups.reason:
@@ -124,7 +124,7 @@ class Node:
             address=ADDRESS,
             seed=system["metadata"]["uid"],
             allocatable=self._resources,
-            directory=self._directory,
+            directory=self.directory,
             memory_directory=memory,
             devices=Devices(int(self._resources.get(GPU, "0"))),
             groups=groups,
@@ -314,6 +314,11 @@ class Node:
         body = {"status": {"conditions": [condition]}}
         await self._client.patch(PODS, namespace, name, body, "status", STRATEGIC_PATCH)
         await self._client.delete(PODS, namespace, name)
+
+    @property
+    def enforces_memory(self) -> bool:
+        """Whether containers are held to their memory limits on this machine."""
+        return not self._host.groups.reason
 
     async def cordon(self, on: bool = True) -> None:
         await self._client.patch(NODES, None, self.name, {"spec": {"unschedulable": on}})

@@ -22,7 +22,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from finetune_sandbox.binder import Binder
 from finetune_sandbox.client import Client
@@ -30,8 +30,10 @@ from finetune_sandbox.controlplane import ControlPlane, assets_from_environment
 from finetune_sandbox.jobs import JobController
 from finetune_sandbox.node import Node
 from finetune_sandbox.s3 import S3, Credentials
-from finetune_sandbox.server import ApiServer
 from finetune_sandbox.tasks import until_signal
+
+if TYPE_CHECKING:
+    from finetune_sandbox.server import ApiServer
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +51,8 @@ class Sandbox:
     """A cluster in this process. `async with Sandbox(directory) as sandbox`, or `start()` and `stop()`.
 
     After the start: `name` ("sandbox", or "kubernetes" for a real control plane), `kubeconfig` (an administrator's),
-    `node` and `s3`, which are None where they were not wanted. `node_options` are fields of host.Host.
+    `node` (and with it a scheduler) and `s3`, which are None where they were not wanted. `node_options` are fields of
+    host.Host.
     """
 
     kubeconfig: Path
@@ -107,10 +110,10 @@ class Sandbox:
             jobs = JobController(self.client)
             jobs.start()
             self._stack.push_async_callback(jobs.close)
-        binder = Binder(self.client)
-        binder.start()
-        self._stack.push_async_callback(binder.close)
         if self._wants_node:
+            binder = Binder(self.client)
+            binder.start()
+            self._stack.push_async_callback(binder.close)
             folder = self._directory / "node"
             node = Node(self.client, NODE_NAME, folder, self._resources, **self._node_options)
             self.node = await self._stack.enter_async_context(node)
@@ -124,6 +127,8 @@ class Sandbox:
             self._stack.push_async_callback(plane.stop)
             self.kubeconfig = plane.kubeconfig
             return None
+        from finetune_sandbox.server import ApiServer  # here: a real control plane needs none of it
+
         server = ApiServer()
         await server.start(self._directory / "api-server")
         self._stack.push_async_callback(server.stop)
