@@ -7,7 +7,7 @@ same objects here. The models speak first, because they speak to people; the sch
 import copy
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,7 +159,7 @@ def _by_schema(schema: dict[str, Any], manifest: dict[str, Any]) -> Iterator[Pro
         yield _with_suggestion(Problem(parse_path(dropped), UNKNOWN), schema)
     server.default(schema, body)
     for cause in server.validate(schema, body):
-        yield Problem(parse_path(cause.field), _plain(cause.message, cause.field))
+        yield Problem(parse_path(cause.field), plain({"field": cause.field, "message": cause.message}))
 
 
 def parse_path(text: str) -> Path:
@@ -168,10 +168,10 @@ def parse_path(text: str) -> Path:
     return tuple(int(index) if index else name for index, name in parts)
 
 
-def _plain(message: str, field: str) -> str:
-    """The API server's words without the field, which stands before them already."""
-    message = re.sub(r'^Invalid value: (?:"(?:[^"\\]|\\.)*"|[^:]*): ', "", message)
-    return message.removeprefix(f"{field} in body ")
+def plain(cause: Mapping[str, str]) -> str:
+    """The words of one `details.causes` entry without the field, which stands before them already."""
+    message = re.sub(r'^Invalid value: (?:"(?:[^"\\]|\\.)*"|[^:]*): ', "", cause.get("message", ""))
+    return message.removeprefix(f"{cause.get('field')} in body ")
 
 
 def _said(problem: Problem, said: list[Problem]) -> bool:

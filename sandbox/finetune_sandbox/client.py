@@ -69,6 +69,7 @@ class ApiError(Exception):
         self.status = status
         self.reason = str(body.get("reason") or "")
         self.message = str(body.get("message") or "")
+        self.details: Mapping[str, Any] = body.get("details") or {}
         super().__init__(f"{status} {self.reason}: {self.message}")
 
 
