@@ -150,9 +150,11 @@ class ControlPlane:
 
     async def __aenter__(self) -> Self:
         try:
-            for program in self._programs.values():
+            for name, program in self._programs.items():
                 program.start()
-            await self._wait_ready()
+                if name == "kube-apiserver":
+                    # Its clients come after it: a controller manager that nobody answers gives up within seconds.
+                    await self._wait_ready()
             await self._wait_for("the default ServiceAccounts", self._namespaces_are_usable)
         except BaseException:
             await self.stop()
@@ -211,14 +213,15 @@ class ControlPlane:
         ) as session:
             while True:
                 self.check()
+                problem = "it answered that it is not"
                 try:
                     if await condition(session):
                         return
-                except (aiohttp.ClientError, TimeoutError):
-                    pass  # not listening yet: what the deadline is for
+                except (aiohttp.ClientError, TimeoutError) as error:
+                    problem = repr(error)  # most often: it does not listen yet
                 if time.monotonic() > deadline:
                     tails = "\n".join(program.tail() for program in self._programs.values())
-                    raise ControlPlaneError(f"no {what} within {_START_SECONDS:.0f} s; {tails}")
+                    raise ControlPlaneError(f"no {what} within {_START_SECONDS:.0f} s ({problem}); {tails}")
                 await asyncio.sleep(_POLL_SECONDS)
 
     def _write_credentials(self) -> None:

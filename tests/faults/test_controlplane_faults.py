@@ -12,7 +12,6 @@ from support.waiting import eventually
 ASSETS = assets_from_environment()
 
 pytestmark = [
-    pytest.mark.integration,
     pytest.mark.faults,
     pytest.mark.timeout(120),
     pytest.mark.skipif(ASSETS is None, reason="needs the programs of $KUBEBUILDER_ASSETS"),
