@@ -36,7 +36,7 @@ def deepspeed_config(sizing: Sizing, training: Training, dtype: str, device: str
         }
     if sizing.offload != "None":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device == "CUDA"}
-    if sizing.offload == "OptimizerAndParameters":
+    if stage == 3 and sizing.offload == "OptimizerAndParameters":
         zero["offload_param"] = {"device": "cpu", "pin_memory": device == "CUDA"}
     return {
         "zero_optimization": zero,

@@ -20,11 +20,12 @@ from finetune_trainer.state import SavedState
 
 
 class Signals:
-    """SIGTERM: ends the program at once, or, while `deferred`, at the end of the step."""
+    """SIGTERM and SIGINT end the program at once or, while `deferred`, at the end of the step."""
 
     def __init__(self) -> None:
         self.received = self.deferred = False
-        signal.signal(signal.SIGTERM, self._handle)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = True

@@ -35,13 +35,18 @@ def load_tokenizer(path: Path) -> Any:
     return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 
-def load_model(path: Path, dtype: torch.dtype, devices: Devices) -> Any:
-    """A causal language model from safetensors; code that comes with a model is never run. Raises ModelInvalid."""
-    flash = devices.kind == "CUDA" and importlib.util.find_spec("flash_attn") is not None
+def load_model(path: Path, dtype: torch.dtype, device: torch.device | None) -> Any:
+    """A causal language model from safetensors; code that comes with a model is never run. Raises ModelInvalid.
+
+    `device`: where each weight goes as it is read; None leaves it to DeepSpeed, which partitions as it reads.
+    """
+    on_gpu = device is not None and device.type == "cuda"
+    flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
     try:
         return AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
+            device_map={"": device} if on_gpu else None,
             attn_implementation="flash_attention_2" if flash else "sdpa",
             use_safetensors=True,
             local_files_only=True,
@@ -72,7 +77,6 @@ def tune(model: Any, tuning: Tuning, base_model_uri: str, seed: int, gradient_ch
     model.config.use_cache = False
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
     config = lora_config(tuning.lora or LoRA(), base_model_uri)
     try:
         peft = get_peft_model(model, config)

@@ -12,7 +12,7 @@ FIRST_SECONDS = 60.0
 
 
 def auto_seconds(cost: float, workers: int) -> float:
-    """The interval that loses the least (Young 1974): sqrt(2 · cost · MTBF), `cost` the seconds training stands still."""
+    """The interval that loses the least (Young 1974): sqrt(2 · cost · MTBF); `cost`: seconds training stands still."""
     return max(LEAST_SECONDS, math.sqrt(2 * cost * MTBF_SECONDS / workers))
 
 

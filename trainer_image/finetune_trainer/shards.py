@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -58,10 +57,7 @@ def _read(path: Path, shard: Shard) -> tuple[list[NDArray[np.int32]], NDArray[np
     table = pq.read_table(path, columns=list(COLUMNS), memory_map=True)
     columns, ends = [], np.zeros(0, dtype=np.int64)
     for name in COLUMNS:
-        column = table.column(name)
-        lists = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-        if isinstance(lists, pa.ChunkedArray):
-            lists = pa.concat_arrays(lists.chunks)
+        lists = table.column(name).combine_chunks()
         columns.append(np.asarray(lists.flatten().to_numpy(), dtype=np.int32))
         bounds = lists.offsets.to_numpy().astype(np.int64)
         ends = bounds[1:] - bounds[0]

@@ -55,7 +55,8 @@ def train(config: RunConfig, work: WorkDir, signals: Signals, reporter: Reporter
     # The arguments come before the model: under ZeRO-3 it is partitioned while it loads.
     dtype = model.dtype_of(spec, config.devices)
     args = make_arguments(config, work, data.plan, dtype)
-    base = model.load_model(work.model, dtype, config.devices)
+    place = ranks.device if sizing.strategy != "ZeRO3" else None
+    base = model.load_model(work.model, dtype, place)
     tuned = model.tune(base, spec.tuning, spec.base_model.uri, spec.training.seed, sizing.gradient_checkpointing)
 
     checkpoints = Checkpoints(store, config.scratch_uri, work, config.spec_sha256, ranks, spec.checkpoint.keep)
@@ -171,7 +172,6 @@ def steer(
             state.restore(trainer, resumed.directory, resumed.saved)
             trainer.start_at(resumed.saved.step)
         elif len(data.validation):
-            reporter.phase("Evaluating")
             journal.before = figures(trainer, data, ranks, sizing_of(config), "Before")
         reporter.phase("Training")
         # From here on a signal waits for the end of the step, and after the last one for the adapter.
@@ -293,7 +293,10 @@ def main() -> int:
         traceback.print_exc()
         write_outcome(work.outcome(rank), message := end.message(rank, error))
         reporter.close()
-        return message.exit_code
+        # The peers may be gone: taking the process group down by the book could wait for them.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(message.exit_code)
     write_outcome(work.outcome(rank), end.message(rank, None))
     reporter.close()
     return 0
