@@ -7,7 +7,7 @@ import itertools
 from typing import Any
 
 from finetune_sandbox import canonical
-from finetune_sandbox.errors import Cause, Obj, duplicate, not_allowed, not_supported, required, wrong
+from finetune_sandbox.errors import Cause, Obj, bad_request, duplicate, not_allowed, not_supported, required, wrong
 from finetune_sandbox.meta import LABEL_1035, LABEL_1035_RULE, check_labels
 
 MAX_DATA = 1024 * 1024
@@ -102,8 +102,7 @@ def check_data(obj: Obj, old: Obj | None) -> list[Cause]:
     for field in ("data", "binaryData"):
         for key, value in (obj.get(field) or {}).items():
             if not isinstance(value, str):
-                found.append(Cause(f"{field}[{key}]", "Invalid value: must be a string", "FieldValueTypeInvalid"))
-                continue
+                raise bad_request(f"{field}[{key}]: expected a string, found {type(value).__name__}")
             size += len(value.encode())
             if not key or len(key) > 253 or not all(c.isalnum() or c in "-_." for c in key) or key in (".", ".."):
                 why = "a valid config key must consist of alphanumeric characters, '-', '_' or '.'"

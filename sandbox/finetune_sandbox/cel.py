@@ -90,17 +90,19 @@ class Node:
     extra: Node | None
 
 
-def compile_rules(schema: Schema, path: str, problems: list[Cause]) -> Node | None:
+def compile_rules(schema: Schema, path: str, problems: list[Cause], *, top: bool = True) -> Node | None:
     """The rules of a schema, None where there are none; what does not compile is added to `problems`."""
     raw = schema.get("x-kubernetes-validations") or ()
-    rules = [_rule(r, f"{path}.x-kubernetes-validations[{i}]", problems) for i, r in enumerate(raw)]
+    rules = [_rule(r, schema, f"{path}.x-kubernetes-validations[{i}]", problems, top=top) for i, r in enumerate(raw)]
     children = {
         key: node
         for key, child in schema.get("properties", {}).items()
-        if (node := compile_rules(child, f"{path}.properties[{key}]", problems))
+        if (node := compile_rules(child, f"{path}.properties[{key}]", problems, top=False))
     }
     items, extra = (
-        compile_rules(schema[key], f"{path}.{key}", problems) if isinstance(schema.get(key), Mapping) else None
+        compile_rules(schema[key], f"{path}.{key}", problems, top=False)
+        if isinstance(schema.get(key), Mapping)
+        else None
         for key in ("items", "additionalProperties")
     )
     if not (rules or children or items or extra):
@@ -108,9 +110,11 @@ def compile_rules(schema: Schema, path: str, problems: list[Cause]) -> Node | No
     return Node(schema, tuple(r for r in rules if r), children, items, extra)
 
 
-def _rule(raw: Mapping[str, Any], path: str, problems: list[Cause]) -> Rule | None:
+def _rule(raw: Mapping[str, Any], schema: Schema, path: str, problems: list[Cause], *, top: bool) -> Rule | None:
     text = raw.get("rule", "")
     program = _compile(text, f"{path}.rule", problems)
+    if program and (problem := _try(program, schema, top=top)):
+        problems.append(wrong(f"{path}.rule", text, f"compilation failed: {problem}"))
     message_text = raw.get("messageExpression")
     message_program = _compile(message_text, f"{path}.messageExpression", problems) if message_text else None
     if raw.get("optionalOldSelf"):
@@ -138,6 +142,47 @@ def _compile(text: str, path: str, problems: list[Cause]) -> cel.Program | None:
     if {"self", "oldSelf"}.isdisjoint(program.variables()):
         problems.append(wrong(path, text, "a rule must refer to self"))
     return program
+
+
+def _try(program: cel.Program, schema: Schema, *, top: bool) -> str:
+    """What a try on a made-up value shows, "" for nothing: this stands in for the type check of a real server."""
+    value = to_cel(schema, sample(schema), top=top)
+    if top:
+        value["metadata"] = {"name": "a", "generateName": "a"}
+    try:
+        result = program.execute(cel.Context({"self": value, "oldSelf": value}, dict(FUNCTIONS)))
+    except KeyError as error:
+        return "" if _open(schema) else f"undefined field '{error.args[0]}'"
+    except (TypeError, ValueError, RuntimeError, IndexError, OverflowError):
+        return ""  # depends on the value, so it is found when a rule runs
+    return "" if isinstance(result, bool) else "must evaluate to a bool"
+
+
+def sample(schema: Schema) -> Any:
+    """A value with every field that the schema names and one element in every list and map."""
+    match schema.get("type"):
+        case "object" if isinstance(schema.get("additionalProperties"), Mapping):
+            return {"a": sample(schema["additionalProperties"])}
+        case "object":
+            return {k: sample(v) for k, v in schema.get("properties", {}).items()}
+        case "array":
+            return [sample(schema["items"])]
+        case "string":
+            moment = "2026-01-02T03:04:05Z"
+            return moment if schema.get("format") == "date-time" else next(iter(schema.get("enum", ())), "a")
+        case "boolean":
+            return True
+        case "number":
+            return 1.5
+    return 1
+
+
+def _open(schema: Any) -> bool:
+    """Whether the schema has places with keys that it does not name."""
+    if isinstance(schema, Mapping):
+        free = schema.get("additionalProperties") or schema.get("x-kubernetes-preserve-unknown-fields")
+        return bool(free) or any(_open(v) for v in schema.values())
+    return isinstance(schema, list) and any(_open(v) for v in schema)
 
 
 def check(root: Node, obj: Obj, old: Obj | None) -> list[Cause]:

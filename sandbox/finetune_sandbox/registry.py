@@ -105,7 +105,7 @@ class Registry:
             data["generation"] = 1
         if resource.status and not resource.keeps_status:
             obj.pop("status", None)
-        resource.default(obj)
+        self._default(resource, obj)
         self._check_namespace(resource, namespace, data.get("name", ""))
         resource.prepare(obj, None)
         for admit in self.admission:
@@ -225,6 +225,13 @@ class Registry:
         if unknown and call.field_validation == "Warn":
             call.warnings += [f'unknown field "{u}"' for u in unknown]
 
+    def _default(self, resource: Resource, obj: Obj) -> None:
+        """A built-in object of a wrong shape is one that a real server could not decode."""
+        try:
+            resource.default(obj)
+        except (TypeError, AttributeError, KeyError, ValueError) as error:
+            raise bad_request(f"{resource.kind} cannot be decoded: {error}") from error
+
     def _place(self, resource: Resource, namespace: str, data: Obj) -> None:
         if not resource.namespaced:
             data.pop("namespace", None)
@@ -276,7 +283,7 @@ class Registry:
             obj.pop("status", None)
             if "status" in old.obj:
                 obj["status"] = old.obj["status"]
-        resource.default(obj)
+        self._default(resource, obj)
         resource.prepare(obj, old.obj)
         if sub != "status" or resource.custom:
             self._validate(resource, obj, old.obj)
@@ -286,7 +293,12 @@ class Registry:
         causes = meta.validate(obj["metadata"], resource.names)
         if old is not None:
             causes += meta.validate_update(obj["metadata"], old["metadata"])
-        causes += resource.validate(obj, old)
+        try:
+            causes += resource.validate(obj, old)
+        except (TypeError, AttributeError, KeyError, ValueError) as error:
+            if resource.custom:
+                raise
+            raise bad_request(f"{resource.kind} cannot be decoded: {error}") from error
         if causes:
             raise invalid(resource.kind, resource.group, obj["metadata"].get("name", ""), causes)
 

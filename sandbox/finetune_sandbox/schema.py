@@ -89,9 +89,13 @@ def list_keys(schema: Schema) -> Callable[[tuple[str, ...]], Sequence[str] | Non
 
 def validate(schema: Schema, obj: Obj, old: Obj | None = None) -> list[Cause]:
     """Every place where `obj` breaks its schema (CEL rules apart)."""
-    body = {k: v for k, v in obj.items() if k not in _ROOT}
-    before = {k: v for k, v in old.items() if k not in _ROOT} if old is not None else ABSENT
-    return _validate(schema, body, before, "")
+    return _validate(schema, _validated(obj), _validated(old) if old is not None else ABSENT, "")
+
+
+def _validated(obj: Obj) -> Obj:
+    """Of the metadata a schema may only restrict the name."""
+    data = {k: v for k, v in obj["metadata"].items() if k in ("name", "generateName")} if "metadata" in obj else {}
+    return {k: v for k, v in obj.items() if k not in _ROOT} | {"metadata": data}
 
 
 def _validate(schema: Schema, value: Any, old: Any, path: str) -> list[Cause]:
@@ -212,7 +216,8 @@ def _string(schema: Schema, value: str, path: str) -> list[Cause]:
     if "pattern" in schema and not pattern(schema["pattern"]).search(value):
         found.append(_body(path, value, f"should match '{schema['pattern']}'"))
     if (form := str(schema.get("format"))) in _FORMATS and not _FORMATS[form](value):
-        found.append(_body(path, value, f"must be of type {form}: {shown(value)}"))
+        why = f"{path} in body must be of type {form}: {shown(value)}"
+        found.append(Cause(path, f"Invalid value: {shown(value)}: {why}", "FieldValueTypeInvalid"))
     return found
 
 

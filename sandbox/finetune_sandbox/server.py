@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import ssl
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,9 +25,11 @@ from finetune_sandbox.errors import (
     Obj,
     bad_request,
     forbidden,
+    invalid,
     method_not_allowed,
     not_implemented,
     path_not_found,
+    required,
 )
 from finetune_sandbox.kinds import BUILTIN, DEFAULTS
 from finetune_sandbox.lists import Lister
@@ -37,6 +40,7 @@ from finetune_sandbox.reviews import Reviews
 from finetune_sandbox.store import Entry, Store, dump
 from finetune_sandbox.subresources import LogSource, Subresources
 
+log = logging.getLogger(__name__)
 MAX_BODY = 3 * 1024 * 1024
 PATCHES = {
     "application/json-patch+json": "json",
@@ -93,9 +97,9 @@ class ApiServer:
         for resource, namespace, obj in DEFAULTS:
             self.registry.create(self.kinds.by_key[resource], namespace, json.loads(dump(obj)))
         self._tasks.append(asyncio.create_task(collector.run(), name="collector"))
-        self._runner = web.ServerRunner(web.Server(self._handle, access_log=None))
+        self._runner = web.ServerRunner(web.Server(self._handle, access_log=None), shutdown_timeout=1.0)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, host, port, ssl_context=context, shutdown_timeout=1)
+        site = web.TCPSite(self._runner, host, port, ssl_context=context)
         await site.start()
         self.url = f"https://{host}:{self._runner.addresses[0][1]}"
         path, token = directory / "kubeconfig", self.auth.admin_token
@@ -114,6 +118,10 @@ class ApiServer:
         except ApiError as error:
             headers = {"WWW-Authenticate": "Bearer"} if error.code == 401 else None
             return answer(error.status(), error.code, headers)
+        except (LookupError, TypeError, ValueError, AttributeError, AssertionError) as error:
+            log.exception("%s %s", request.method, request.path)
+            broken = ApiError(500, "InternalError", f"Internal error occurred: {type(error).__name__}: {error}", {})
+            return answer(broken.status(), broken.code)
 
     async def _route(self, request: web.BaseRequest, user: User) -> web.StreamResponse:
         route = parse_path(request.path)
@@ -180,7 +188,8 @@ class ApiServer:
                     if not self.store.get(resource.key, route.namespace, route.name):
                         self._authorize(user, Attributes("create", route.group, route.plural, "", route.namespace))
                     if "fieldManager" not in request.query:
-                        raise bad_request("fieldManager is required for apply patch")
+                        cause = required("fieldManager", "is required for apply patch")
+                        raise invalid("PatchOptions", "meta.k8s.io", "", [cause])
                 entry, created = self.registry.patch(*where, kind, body, route.sub, call)
                 return (201 if created else 200), entry
             case "delete":
