@@ -17,7 +17,7 @@ from finetune_api import crd
 from finetune_api.profile import DEFAULT_ANNOTATION
 from finetune_cli import cluster as clusters
 from finetune_cli.cluster import PROFILES, Cluster, Target
-from finetune_cli.errors import CliError
+from finetune_cli.errors import CliError, Exit
 from finetune_cli.objectstore import Access, Store
 from finetune_sandbox import up
 from finetune_sandbox.client import SECRETS, ApiError, Object, Resource
@@ -59,7 +59,7 @@ def stop(directory: Path) -> bool:
 def running(directory: Path) -> SandboxInfo:
     info = up.running(directory)
     if info is None:
-        raise CliError(f"no sandbox runs in {directory}: `finetune sandbox up` starts one")
+        raise CliError(f"no sandbox runs in {directory}: `finetune sandbox up` starts one", Exit.UNREACHABLE)
     return info
 
 

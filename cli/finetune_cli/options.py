@@ -2,11 +2,10 @@
 
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-
-from finetune_cli.errors import CliError, Exit
 
 if TYPE_CHECKING:
     pass
@@ -45,22 +44,12 @@ def connection(function: Function) -> Function:
         from finetune_cli.cluster import Target
 
         if sandbox:
-            kubeconfig, context = sandbox_kubeconfig(directory), None
+            from finetune_cli import laptop
+
+            kubeconfig, context = laptop.running(Path(directory)).kubeconfig, None
         return function(*args, target=Target(kubeconfig, context, namespace), **kwargs)
 
     return wrapper
-
-
-def sandbox_kubeconfig(directory: str) -> str:
-    """The kubeconfig of the sandbox that runs in `directory`. Raises CliError."""
-    from pathlib import Path
-
-    from finetune_sandbox import up
-
-    info = up.running(Path(directory))
-    if info is None:
-        raise CliError(f"no sandbox runs in {directory}: `finetune sandbox up` starts one", Exit.UNREACHABLE)
-    return info.kubeconfig
 
 
 class Seconds(click.ParamType[float]):
