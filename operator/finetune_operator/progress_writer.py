@@ -74,12 +74,12 @@ class ProgressWriter:
                 alive = await self._patch(write)
         except (ApiError, TimeoutError) as error:
             if isinstance(error, ApiError) and error.status in HOPELESS:
-                logger.error("[%s/%s] progress was refused and is dropped: %s", *write.key, error)
+                logger.error("progress was refused and is dropped: %s", error, extra=_about(write.key))
                 self._settle(write, "dropped", forget=True)
             else:
                 self._retry(write, error)
         except Exception as error:
-            logger.exception("[%s/%s] progress could not be written", *write.key)
+            logger.exception("progress could not be written", extra=_about(write.key))
             self._retry(write, error)
         else:
             self._settle(write, "written" if alive is not None else "dropped", forget=not alive)
@@ -89,7 +89,7 @@ class ProgressWriter:
         self._metrics.progress_write("failed")
         wait = self._book.failed(write, self._monotonic())
         reason = str(error) or f"no answer in {self._call_seconds} s"
-        logger.warning("[%s/%s] progress is written again in %.0f s: %s", *write.key, wait, reason)
+        logger.warning("progress is written again in %.0f s: %s", wait, reason, extra=_about(write.key))
 
     def _settle(self, write: Write, result: str, *, forget: bool) -> None:
         self._metrics.progress_write(result)
@@ -112,6 +112,11 @@ class ProgressWriter:
             return current_attempt(job).number == write.attempt
         except Refused:
             return False
+
+
+def _about(key: JobKey) -> dict[str, str]:
+    """Of a log line: the job that it is about."""
+    return {"namespace": key.namespace, "job": key.name}
 
 
 def stored(job: Object) -> TrainerStatus | None:
