@@ -9,13 +9,13 @@ def main(arguments: list[str]) -> int:
     # Imported where needed: PID 1 of the gang has no use for what reads data, nor the other way round.
     match arguments:
         case ["prepare"]:
-            from finetune_trainer import prepare
+            from finetune_trainer.prepare import main as prepare
 
-            return prepare.main()
+            return prepare()
         case ["train"]:
-            from finetune_trainer import launch
+            from finetune_trainer.launch import main as train
 
-            return launch.main()
+            return train()
     print(USAGE, file=sys.stderr)
     return 2
 

@@ -1,0 +1,1 @@
+"""From files in S3 to shards of tokens: readers -> formats -> templates -> tokenise -> shards, row by row."""

@@ -1,0 +1,227 @@
+"""PURE: a row of any format -> an example. Messages, PromptCompletion, Instruction, Text; Auto finds out which."""
+
+import hashlib
+import json
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from finetune_api.job import Columns
+
+FORMATS = ("Messages", "PromptCompletion", "Instruction", "Text")
+ROLES = ("system", "user", "assistant", "tool")
+SHAREGPT = {
+    "human": "user",
+    "gpt": "assistant",
+    "system": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+}
+USUAL: dict[str, tuple[str, ...]] = {
+    "messages": ("messages", "conversations", "conversation"),
+    "prompt": ("prompt", "question", "query"),
+    "completion": ("completion", "answer", "response"),
+    "instruction": ("instruction",),
+    "input": ("input", "context"),
+    "output": ("output", "response"),
+    "system": ("system",),
+    "text": ("text",),
+}
+"""Columns by the names that data sets usually give them."""
+NEEDED = {
+    "Messages": ("messages",),
+    "PromptCompletion": ("prompt", "completion"),
+    "Instruction": ("instruction", "output"),
+    "Text": ("text",),
+}
+# Reserved by the chat templates' rendering (see templates); noncharacters never stand in text that is interchanged.
+RESERVED = "\ufdd0\ufdd1"
+
+
+class BadRow(Exception):
+    """A row that cannot become an example; the text says what was found and what is allowed."""
+
+
+class Ambiguous(Exception):
+    """The columns do not tell the format; the text says what would."""
+
+
+class Chat(NamedTuple):
+    messages: tuple[Mapping[str, Any], ...]
+    tools: Sequence[Any] | None = None
+
+
+class Pair(NamedTuple):
+    prompt: str
+    completion: str
+
+
+class Plain(NamedTuple):
+    text: str
+
+
+Example = Chat | Pair | Plain
+Render = Callable[[Mapping[str, Any]], str]
+
+
+def column_of(role: str, columns: Columns | None, present: Iterable[str]) -> str | None:
+    """The column that plays a role: the one that the spec names, else the first usual name that is there."""
+    named: str | None = getattr(columns, role, None)
+    if named is not None:
+        return named
+    names = set(present)
+    return next((name for name in USUAL[role] if name in names), None)
+
+
+def detect(rows: Sequence[Mapping[str, Any]], columns: Columns | None) -> str:
+    """The one format that the columns of all `rows` fit. Raises Ambiguous."""
+    present = set.intersection(*(set(row) for row in rows)) if rows else set()
+    if columns is not None:
+        mapped = [name for name in FORMATS if any(getattr(columns, role) is not None for role in NEEDED[name])]
+        if len(mapped) == 1:
+            return mapped[0]
+    fits = [name for name in FORMATS if all(column_of(role, columns, present) in present for role in NEEDED[name])]
+    if len(fits) == 1:
+        return fits[0]
+    found = ", ".join(sorted(map(str, present))[:20]) or "no column that all rows have"
+    if not fits:
+        needs = "; ".join(f"{name} needs {' and '.join(NEEDED[name])}" for name in FORMATS)
+        raise Ambiguous(f"found the columns {found}, which fit no format ({needs}); set format, or columns")
+    raise Ambiguous(f"found the columns {found}, which fit {' and '.join(fits)}; set format to one of them")
+
+
+def to_example(
+    row: Mapping[str, Any], form: str, columns: Columns | None, render: Render | None, chat: bool
+) -> Example:
+    """One row as an example. `render`: the data set's own template; `chat`: the model has one. Raises BadRow."""
+    if form == "Messages":
+        return _conversation(row, columns)
+    if form == "Text":
+        text = render(row) if render else _text(row, "text", columns)
+        return Plain(_nonempty(text, "text"))
+    asks, answers = ("prompt", "completion") if form == "PromptCompletion" else ("instruction", "output")
+    if form == "PromptCompletion" and isinstance(_value(row, "prompt", columns), list):
+        return _chat([*_turns(row, "prompt", columns), *_turns(row, "completion", columns)], row)
+    completion = _nonempty(_text(row, answers, columns), column_of(answers, columns, row) or answers)
+    if render:
+        return Pair(render(row), completion)
+    question = _text(row, asks, columns)
+    if form == "Instruction":
+        question = _nonempty(question, column_of(asks, columns, row) or asks)
+        if extra := _optional(row, "input", columns):
+            question = f"{question}\n\n{extra}"
+    system = _optional(row, "system", columns)
+    if form == "PromptCompletion" and not chat:
+        return Pair(f"{system}\n\n{question}" if system else question, completion)
+    turns = [{"role": "system", "content": system}] if system else []
+    return Chat((*turns, {"role": "user", "content": question}, {"role": "assistant", "content": completion}))
+
+
+def _conversation(row: Mapping[str, Any], columns: Columns | None) -> Chat:
+    turns = _turns(row, "messages", columns)
+    if (system := _optional(row, "system", columns)) and (not turns or turns[0]["role"] != "system"):
+        turns = [{"role": "system", "content": system}, *turns]
+    return _chat(turns, row)
+
+
+def _chat(turns: list[dict[str, Any]], row: Mapping[str, Any]) -> Chat:
+    if not any(turn["role"] == "assistant" for turn in turns):
+        raise BadRow("found no turn of the assistant; there is nothing to learn")
+    tools = row.get("tools")
+    if isinstance(tools, str) and tools:
+        tools = _parsed(tools, "tools")
+    if tools is not None and tools != "" and not isinstance(tools, list):
+        raise BadRow("`tools` must be a list")
+    return Chat(tuple(turns), tools or None)
+
+
+def _turns(row: Mapping[str, Any], role: str, columns: Columns | None) -> list[dict[str, Any]]:
+    name = column_of(role, columns, row) or role
+    value = _value(row, role, columns)
+    if isinstance(value, str):
+        value = _parsed(value, name)
+    if not isinstance(value, list) or not value:
+        raise BadRow(f"`{name}` must be a list of messages with at least one")
+    return [_turn(turn, f"{name}[{index}]") for index, turn in enumerate(value)]
+
+
+def _turn(turn: Any, where: str) -> dict[str, Any]:
+    if not isinstance(turn, dict):
+        raise BadRow(f"`{where}` must be an object with role and content")
+    # Parquet gives every member of a struct, absent ones as null.
+    turn = {key: value for key, value in turn.items() if value is not None}
+    if "role" not in turn and "from" in turn:
+        turn = {"role": SHAREGPT.get(str(turn["from"]), turn["from"]), "content": turn.get("value")}
+    role = turn.get("role")
+    if role not in ROLES:
+        raise BadRow(f"`{where}.role` must be one of {', '.join(ROLES)}; found {role!r}")
+    content = turn.get("content")
+    if isinstance(content, list):
+        content = _parts(content, where)
+    if content is None and role == "assistant" and turn.get("tool_calls"):
+        content = ""
+    if not isinstance(content, str):
+        raise BadRow(f"`{where}.content` must be text; found {type(content).__name__}")
+    return {**turn, "content": content}
+
+
+def _parts(parts: list[Any], where: str) -> str:
+    if not all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in parts):
+        raise BadRow(f"`{where}.content` must be text; parts of other types than text are not supported")
+    return "".join(part["text"] for part in parts)
+
+
+def _value(row: Mapping[str, Any], role: str, columns: Columns | None) -> Any:
+    name = column_of(role, columns, row)
+    if name is None or name not in row:
+        wanted = repr(name) if name else " or ".join(map(repr, USUAL[role]))
+        raise BadRow(f"the column {wanted} is missing; found {', '.join(sorted(map(str, row))[:20]) or 'none'}")
+    return row[name]
+
+
+def _text(row: Mapping[str, Any], role: str, columns: Columns | None) -> str:
+    value = _value(row, role, columns)
+    if not isinstance(value, str):
+        raise BadRow(f"`{column_of(role, columns, row)}` must be text; found {type(value).__name__}")
+    return value
+
+
+def _optional(row: Mapping[str, Any], role: str, columns: Columns | None) -> str:
+    name = column_of(role, columns, row)
+    if name is None or row.get(name) is None:
+        return ""
+    return _text(row, role, columns).strip()
+
+
+def _nonempty(text: str, name: str) -> str:
+    if not text.strip():
+        raise BadRow(f"`{name}` is empty")
+    return text
+
+
+def _parsed(text: str, name: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise BadRow(f"`{name}` is text that is not JSON") from error
+
+
+def content_hash(example: Example) -> bytes:
+    """16 bytes that are equal for examples of equal content: NFC, white space folded. Raises BadRow for broken text."""
+    if isinstance(example, Chat):
+        parts = [[turn["role"], _fold(turn["content"]), turn.get("tool_calls")] for turn in example.messages]
+    else:
+        parts = [[_fold(text) for text in example]]
+    text = json.dumps(parts, ensure_ascii=False, sort_keys=True, default=str)
+    try:
+        data = text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow("the text has half of a surrogate pair, which is no character") from error
+    if any(mark in text for mark in RESERVED):
+        raise BadRow("the text has one of the noncharacters U+FDD0 and U+FDD1")
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def _fold(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", text).split())

@@ -1,0 +1,167 @@
+"""PURE: safetensors headers and config.json -> what memory depends on (finetune_api.sizing.ModelShape)."""
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from finetune_api.failures import FineTuneError, Reason
+from finetune_api.sizing import ModelShape
+
+DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_NAMES: dict[str, Literal["BFloat16", "Float16", "Float32"]] = {"BF16": "BFloat16", "F16": "Float16", "F32": "Float32"}
+# config.json's fields by the names that families give them.
+FIELDS = {
+    "hidden_size": ("hidden_size", "n_embd", "d_model"),
+    "layers": ("num_hidden_layers", "n_layer", "num_layers"),
+    "vocab_size": ("vocab_size",),
+    "max_positions": ("max_position_embeddings", "n_positions", "max_seq_len"),
+}
+_NOT_LINEAR = re.compile(r"(^|[._])(embed\w*|wte|wpe|lm_head|embed_out|output|\w*norm\w*|ln_\w+|rotary\w*)$")
+_LAYER = re.compile(r"^(.*?\.(?:layers|h|blocks)\.\d+)\.")
+
+
+class Tensor(NamedTuple):
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+
+def invalid(message: str) -> FineTuneError:
+    return FineTuneError(Reason.MODEL_INVALID, message)
+
+
+def parse_config(data: bytes, uri: str) -> dict[str, Any]:
+    """config.json of a causal language model whose code transformers itself has. Raises ModelInvalid."""
+    config = _json_object(data, uri)
+    if "auto_map" in config:
+        raise invalid(
+            f"{uri}: `auto_map` asks to run the model's own code, which is never done; use a supported family"
+        )
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise invalid(f"{uri}: `architectures` is missing; it names the model's class, such as LlamaForCausalLM")
+    if not names[0].endswith(("ForCausalLM", "LMHeadModel")):
+        raise invalid(f"{uri}: found the architecture {names[0]}; causal language models (…ForCausalLM) are supported")
+    if "quantization_config" in config:
+        raise invalid(f"{uri}: the weights are quantised already (`quantization_config`); use the full-precision model")
+    for field in ("hidden_size", "layers", "vocab_size"):
+        number(config, field, uri)
+    return config
+
+
+def number(config: Mapping[str, Any], field: str, uri: str, default: int | None = None) -> int:
+    name = next((name for name in FIELDS[field] if name in config), None)
+    if name is None and default is not None:
+        return default
+    value = config.get(name) if name else None
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise invalid(f"{uri}: `{name or FIELDS[field][0]}` must be a whole number of at least 1; found {value!r}")
+    return value
+
+
+def parse_header(data: bytes, size: int, uri: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file of `size` bytes, from its JSON header. Raises ModelInvalid."""
+    header = _json_object(data, uri, "its safetensors header")
+    header.pop("__metadata__", None)
+    tensors: dict[str, Tensor] = {}
+    ranges: list[tuple[int, int]] = []
+    for name, entry in header.items():
+        try:
+            dtype, shape, (start, end) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
+            tensor = Tensor(dtype, shape)
+            wrong = not all(isinstance(n, int) and n >= 0 for n in (*shape, start, end))
+            wrong = wrong or (dtype in DTYPES and end - start != tensor.size * DTYPES[dtype])
+        except (KeyError, TypeError, ValueError):
+            wrong = True
+        if wrong:
+            raise invalid(f"{uri}: the tensor {name} has a broken entry in the safetensors header")
+        tensors[name] = tensor
+        ranges.append((start, end))
+    expected = size - 8 - len(data)
+    position = 0
+    for start, end in sorted(ranges):
+        if start != position:
+            raise invalid(f"{uri}: the tensors do not follow each other without a gap at byte {position:,}")
+        position = end
+    if position != expected:
+        raise invalid(
+            f"{uri}: the header describes {position:,} bytes of tensors, the file has {expected:,}: it is cut off"
+        )
+    return tensors
+
+
+def linear_modules(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Linear layers but the head, by module name: what `AllLinear` means."""
+    return {
+        name.removesuffix(".weight"): tensor
+        for name, tensor in tensors.items()
+        if name.endswith(".weight") and len(tensor.shape) == 2 and not _NOT_LINEAR.search(name.removesuffix(".weight"))
+    }
+
+
+def targeted(linears: Mapping[str, Tensor], targets: Sequence[str]) -> dict[str, Tensor]:
+    """The linear modules that targetModules name, by PEFT's rule: the whole name or its end. Raises InvalidSpec."""
+    if list(targets) == ["AllLinear"]:
+        return dict(linears)
+    chosen: dict[str, Tensor] = {}
+    for target in targets:
+        found = {name: t for name, t in linears.items() if name == target or name.endswith(f".{target}")}
+        if not found:
+            known = sorted({name.rpartition(".")[2] for name in linears})
+            close = difflib.get_close_matches(target, known, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise FineTuneError(
+                Reason.INVALID_SPEC,
+                f"spec.tuning.lora.targetModules: found {target!r}; the model's linear modules are {', '.join(known)} "
+                f"(or AllLinear){hint}",
+            )
+        chosen |= found
+    return chosen
+
+
+def model_shape(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], targets: Sequence[str], uri: str
+) -> ModelShape:
+    """Raises ModelInvalid, or InvalidSpec for a target that does not exist."""
+    linears = linear_modules(tensors)
+    if not linears:
+        raise invalid(f"{uri}: the weights have no linear layers")
+    hidden, vocab = number(config, "hidden_size", uri), number(config, "vocab_size", uri)
+    by_layer: dict[str, int] = {}
+    by_dtype: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        by_dtype[tensor.dtype] = by_dtype.get(tensor.dtype, 0) + tensor.size
+        group = match[1] if (match := _LAYER.match(name)) else name
+        by_layer[group] = by_layer.get(group, 0) + tensor.size
+    dtype = max(by_dtype, key=lambda key: by_dtype[key])
+    if dtype not in _NAMES:
+        raise invalid(f"{uri}: found weights of type {dtype}; BF16, F16 and F32 are supported")
+    return ModelShape(
+        architecture=config["architectures"][0],
+        parameters=sum(tensor.size for tensor in tensors.values()),
+        hidden_size=hidden,
+        layers=number(config, "layers", uri),
+        vocab_size=vocab,
+        linear_parameters=sum(tensor.size for tensor in linears.values()),
+        target_features=sum(sum(tensor.shape) for tensor in targeted(linears, targets).values()),
+        largest_layer_parameters=max(by_layer.values()),
+        max_positions=number(config, "max_positions", uri, default=2**31 - 1),
+        dtype=_NAMES[dtype],
+    )
+
+
+def _json_object(data: bytes, uri: str, what: str = "it") -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise invalid(f"{uri}: {what} is not valid JSON ({str(error).splitlines()[0][:120]})") from error
+    if not isinstance(value, dict):
+        raise invalid(f"{uri}: {what} must be one JSON object")
+    return value

@@ -1,0 +1,167 @@
+"""Rows of a file, one at a time, each with its place: .jsonl, .jsonl.gz, .jsonl.zst, .csv, .parquet.
+
+A row that cannot be used is yielded with its problem, for the data policy to decide. A file that cannot be read on (cut
+off, another encoding, not what its name says) raises DataInvalid with the line.
+"""
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from finetune_api.failures import FineTuneError, Reason
+
+EXTENSIONS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".csv")
+LINE_LIMIT = 16 * 2**20
+"""Bytes of one line, so that a file without line ends does not fill the memory."""
+_PARQUET_ROWS = 1024
+
+
+class Row(NamedTuple):
+    number: int
+    """Line of a text file, row of a parquet file; from 1."""
+    value: dict[str, Any]
+    problem: str = ""
+    """Why there is no value."""
+
+
+def kind_of(uri: str) -> str | None:
+    """The extension that says how a file is read, or None."""
+    return next((ext for ext in sorted(EXTENSIONS, key=len, reverse=True) if uri.lower().endswith(ext)), None)
+
+
+def place(uri: str, number: int) -> str:
+    return f"{uri} {'row' if kind_of(uri) == '.parquet' else 'line'} {number}"
+
+
+def read_stream(stream: BinaryIO, uri: str) -> Iterator[Row]:
+    """The rows of a text file."""
+    kind = kind_of(uri)
+    if kind == ".jsonl":
+        return _jsonl(stream, uri)
+    if kind == ".jsonl.gz":
+        return _jsonl(gzip.GzipFile(fileobj=stream), uri)
+    if kind == ".jsonl.zst":
+        return _jsonl(io.BufferedReader(_Zstd(stream), 2**20), uri)
+    if kind == ".csv":
+        return _csv(stream, uri)
+    raise ValueError(f"{uri} is not read as a stream")
+
+
+def read_parquet(path: Path, uri: str) -> Iterator[Row]:
+    """The rows of a parquet file on disk: it is read from its end."""
+    try:
+        with pq.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
+                for value in batch.to_pylist():
+                    number += 1
+                    yield Row(number, value)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _unreadable(uri, None, f"it is not a readable parquet file ({_short(error)})") from error
+
+
+class _Zstd(io.RawIOBase):
+    """pyarrow's decompressor as a stream that can read lines."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._source = pa.CompressedInputStream(pa.PythonFile(stream, mode="r"), "zstd")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._source.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _jsonl(stream: Any, uri: str) -> Iterator[Row]:
+    number = 0
+    while True:
+        try:
+            line: bytes = stream.readline(LINE_LIMIT + 1)
+        except (EOFError, gzip.BadGzipFile, zlib.error, OSError) as error:
+            raise _unreadable(uri, number + 1, f"the compressed data end or break here ({_short(error)})") from error
+        if not line:
+            return
+        number += 1
+        if len(line) > LINE_LIMIT:
+            raise _unreadable(uri, number, f"the line has more than {LINE_LIMIT:,} bytes; one JSON object is expected")
+        if number == 1:
+            line = _without_mark(line, uri)
+        if line.strip():
+            yield _object(line, number)
+
+
+def _object(line: bytes, number: int) -> Row:
+    try:
+        value = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        return Row(number, {}, f"byte {error.start + 1} is not UTF-8")
+    except json.JSONDecodeError as error:
+        return Row(number, {}, f"invalid JSON at column {error.colno}: {error.msg}")
+    except (ValueError, RecursionError) as error:
+        return Row(number, {}, f"invalid JSON: {_short(error)}")
+    if not isinstance(value, dict):
+        return Row(number, {}, f"found {_kind(value)}; each line must be one JSON object")
+    return Row(number, value)
+
+
+def _without_mark(line: bytes, uri: str) -> bytes:
+    """A first line without UTF-8's byte order mark. Raises where the file is in another encoding."""
+    if line.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\x00" in line[:64]:
+        raise _unreadable(uri, 1, "the file is UTF-16 or UTF-32; it must be UTF-8")
+    return line.removeprefix(b"\xef\xbb\xbf")
+
+
+def _csv(stream: BinaryIO, uri: str) -> Iterator[Row]:
+    csv.field_size_limit(LINE_LIMIT)
+    lines = _csv_lines(stream, uri)
+    reader = csv.reader(lines, strict=True)
+    try:
+        header = next(reader, [])
+        if not header or len(set(header)) != len(header) or not all(name.strip() for name in header):
+            raise _unreadable(uri, 1, "the first line must name the columns, each once, separated by commas")
+        for values in reader:
+            if not values:
+                continue
+            if len(values) != len(header):
+                yield Row(reader.line_num, {}, f"found {len(values)} fields; the first line names {len(header)}")
+            else:
+                yield Row(reader.line_num, dict(zip(header, values, strict=True)))
+    except csv.Error as error:
+        raise _unreadable(uri, reader.line_num, f"invalid CSV ({error})") from error
+
+
+def _csv_lines(stream: BinaryIO, uri: str) -> Iterator[str]:
+    number = 0
+    while line := stream.readline(LINE_LIMIT + 1):
+        number += 1
+        if number == 1:
+            line = _without_mark(line, uri)
+        try:
+            yield line.decode()
+        except UnicodeDecodeError as error:
+            raise _unreadable(uri, number, f"byte {error.start + 1} of the line is not UTF-8") from error
+
+
+def _unreadable(uri: str, number: int | None, why: str) -> FineTuneError:
+    return FineTuneError(Reason.DATA_INVALID, f"{uri if number is None else place(uri, number)}: {why}")
+
+
+def _short(error: Exception) -> str:
+    text = str(error).splitlines()
+    return text[0][:200] if text else type(error).__name__
+
+
+def _kind(value: Any) -> str:
+    names = {list: "a list", str: "a string", bool: "true or false", int: "a number", float: "a number"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)

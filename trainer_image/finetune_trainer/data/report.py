@@ -1,0 +1,95 @@
+"""data-report.json: what was read, what was left out and why, and how long the examples are."""
+
+import bisect
+from dataclasses import dataclass, field
+from typing import Any
+
+from finetune_api.run import Split
+from finetune_trainer.data.tokenise import Tokens
+
+CASES = 5
+"""Places that are named for each cause."""
+_EDGES = [2**power for power in range(23)]
+SAMPLE = 600
+
+
+@dataclass
+class Lengths:
+    """Statistics of the lengths of examples in tokens, in constant memory."""
+
+    rows: int = 0
+    tokens: int = 0
+    trained: int = 0
+    shortest: int = 0
+    longest: int = 0
+    counts: list[int] = field(default_factory=lambda: [0] * (len(_EDGES) + 1))
+
+    def add(self, tokens: Tokens) -> None:
+        length = len(tokens.input_ids)
+        self.shortest = min(self.shortest or length, length)
+        self.longest = max(self.longest, length)
+        self.rows, self.tokens, self.trained = self.rows + 1, self.tokens + length, self.trained + tokens.trained
+        self.counts[bisect.bisect_left(_EDGES, length)] += 1
+
+    def to_json(self) -> dict[str, Any]:
+        if not self.rows:
+            return {"examples": 0}
+        return {
+            "examples": self.rows,
+            "tokens": self.tokens,
+            "trainedTokens": self.trained,
+            "shortest": self.shortest,
+            "longest": self.longest,
+            "mean": round(self.tokens / self.rows, 1),
+            "atMost": {str(edge): count for edge, count in zip(_EDGES, self.counts, strict=False) if count},
+        }
+
+
+@dataclass
+class DatasetReport:
+    """What happened to the rows of one data set."""
+
+    name: str
+    format: str = ""
+    rendered_by: str = ""
+    """`template`, `model` (its chat template), `default` (ours) or `plain`."""
+    read: int = 0
+    files: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+    """Objects below the prefix whose names say that they are no data."""
+    splits: dict[Split, Lengths] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
+    warned: dict[str, int] = field(default_factory=dict)
+    cases: dict[str, list[str]] = field(default_factory=dict)
+    sample: str = ""
+    """The beginning of the first example as the model sees it."""
+
+    def drop(self, cause: str, where: str, why: str = "") -> None:
+        self._note(self.dropped, cause, where, why)
+
+    def warn(self, cause: str, where: str, why: str = "") -> None:
+        self._note(self.warned, cause, where, why)
+
+    def keep(self, split: Split, tokens: Tokens) -> None:
+        self.splits.setdefault(split, Lengths()).add(tokens)
+
+    def _note(self, counts: dict[str, int], cause: str, where: str, why: str) -> None:
+        counts[cause] = counts.get(cause, 0) + 1
+        cases = self.cases.setdefault(cause, [])
+        if len(cases) < CASES:
+            cases.append(f"{where}: {why}" if why else where)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "format": self.format,
+            "renderedBy": self.rendered_by,
+            "files": self.files,
+            "ignored": self.ignored,
+            "rowsRead": self.read,
+            "splits": {split: lengths.to_json() for split, lengths in self.splits.items()},
+            "dropped": self.dropped,
+            "warned": self.warned,
+            "cases": self.cases,
+            "sample": self.sample[:SAMPLE],
+        }

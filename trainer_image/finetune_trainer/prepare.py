@@ -1,0 +1,132 @@
+"""The first program of a job, on CPU alone: checks all there is to check, then turns the data into shards of tokens.
+
+    probe the output -> inspect the base model -> pin the data -> rows to shards -> data-report.json -> index.json
+
+Whatever is wrong with a job's inputs is said here, before a GPU is asked for. A second run in the same scratch prefix
+writes the same objects again.
+"""
+
+import hashlib
+import json
+import os
+import signal
+from types import FrameType
+from typing import Any
+
+from finetune_api.failures import FineTuneError, Reason, TerminationMessage
+from finetune_api.run import PreparedData, PreparedSummary, RunConfig, Shard, Split
+from finetune_trainer import log
+from finetune_trainer.data.basemodel import BaseModel, digest, inspect
+from finetune_trainer.data.pipeline import Pipeline
+from finetune_trainer.data.report import DatasetReport
+from finetune_trainer.data.sources import Source, sources
+from finetune_trainer.probe import probe
+from finetune_trainer.storage import Store, join
+from finetune_trainer.termination import run
+from finetune_trainer.workdir import WorkDir
+
+
+def main() -> int:
+    # A process that is PID 1 has no default action for signals.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
+    return run(prepare)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise FineTuneError(Reason.PREEMPTED, "the pod was asked to end while it prepared the data")
+
+
+def prepare(config: RunConfig) -> TerminationMessage:
+    """Raises FineTuneError with the field, file and line of what is wrong."""
+    data_uri = join(config.scratch_uri, "data")
+    folder = WorkDir.from_env().root / "prepare"
+    folder.mkdir(parents=True, exist_ok=True)
+    with Store(config.storage) as store:
+        uid = os.environ.get("FINETUNE_POD_UID") or config.job_uid
+        probe(store, config.output_uri, uid, "spec.output.uri")
+        probe(
+            store, config.scratch_uri, uid, "spec.checkpoint.uri" if config.spec.checkpoint.uri else "spec.output.uri"
+        )
+        model = inspect(store, config.spec)
+        log.event("base model inspected", architecture=model.shape.architecture, parameters=model.shape.parameters)
+        found = sources(store, config.spec)
+        pipeline = Pipeline(
+            store, config.spec, model, folder, lambda path, key: store.upload(path, join(data_uri, key))
+        )
+        for source in found:
+            pipeline.run(source)
+        pipeline.close()
+        _check_enough(config, pipeline)
+        store.put_bytes(join(data_uri, "data-report.json"), _report(config, model, pipeline.reports))
+        index = _index(config, model, found, pipeline)
+        data = index.model_dump_json(by_alias=True, exclude_none=True).encode()
+        store.put_bytes(join(data_uri, "index.json"), data)
+    return TerminationMessage(prepared=_summary(data_uri, index, hashlib.sha256(data).hexdigest()))
+
+
+def _count(shards: list[Shard], split: Split) -> int:
+    return sum(shard.rows for shard in shards if shard.split == split)
+
+
+def _check_enough(config: RunConfig, pipeline: Pipeline) -> None:
+    rows, ranks = _count(pipeline.shards, "train"), config.devices.world_size
+    dropped = sum(sum(report.dropped.values()) for report in pipeline.reports)
+    if rows < ranks:
+        cases = [case for report in pipeline.reports for cases in report.cases.values() for case in cases][:2]
+        tail = f" ({dropped:,} were left out: {'; '.join(cases)})" if dropped else ""
+        raise FineTuneError(
+            Reason.DATA_INVALID,
+            f"spec.datasets: {rows:,} training examples are left{tail}; each of the {ranks} processes needs one",
+        )
+    if config.spec.validation and not _count(pipeline.shards, "validation"):
+        log.event("no row fell into the validation split; it will be empty", level="warning", trainExamples=rows)
+
+
+def _report(config: RunConfig, model: BaseModel, reports: list[DatasetReport]) -> bytes:
+    value: dict[str, Any] = {
+        "version": "v1",
+        "job": f"{config.namespace}/{config.job}",
+        "jobUid": config.job_uid,
+        "specSha256": config.spec_sha256,
+        "chatTemplate": "model" if model.has_chat_template else "default",
+        "maxLength": min(config.spec.training.max_length, model.shape.max_positions),
+        "datasets": [report.to_json() for report in reports],
+    }
+    return json.dumps(value, ensure_ascii=False, indent=1).encode()
+
+
+def _index(config: RunConfig, model: BaseModel, found: list[Source], pipeline: Pipeline) -> PreparedData:
+    dropped: dict[str, int] = {}
+    for report in pipeline.reports:
+        for cause, count in report.dropped.items():
+            dropped[cause] = dropped.get(cause, 0) + count
+    return PreparedData(
+        job_uid=config.job_uid,
+        spec_sha256=config.spec_sha256,
+        inputs=[pinned for source in found for pinned in source.files],
+        datasets_sha256={source.dataset.name: digest(source.files, "s3://") for source in found},
+        base_model=model.files,
+        base_model_sha256=model.sha256,
+        model=model.shape,
+        shards=pipeline.shards,
+        dropped=dropped,
+        max_tokens=max(
+            (lengths.longest for report in pipeline.reports for lengths in report.splits.values()), default=0
+        ),
+    )
+
+
+def _summary(data_uri: str, index: PreparedData, sha256: str) -> PreparedSummary:
+    return PreparedSummary(
+        index_uri=join(data_uri, "index.json"),
+        index_sha256=sha256,
+        report_uri=join(data_uri, "data-report.json"),
+        model=index.model,
+        train_examples=_count(index.shards, "train"),
+        validation_examples=_count(index.shards, "validation"),
+        test_examples=_count(index.shards, "test"),
+        train_tokens=sum(shard.tokens for shard in index.shards if shard.split == "train"),
+        dropped=sum(index.dropped.values()),
+        max_tokens=index.max_tokens,
+    )
