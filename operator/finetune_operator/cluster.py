@@ -6,7 +6,9 @@ time and memory. Reads are live (no cache): a LIST that failed raises, because u
 
 import asyncio
 import json
+import os
 import random
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 from urllib.parse import urlencode
@@ -14,6 +16,8 @@ from urllib.parse import urlencode
 import aiohttp
 from kubernetes.aio.client.api_client import ApiClient
 from kubernetes.aio.client.configuration import Configuration
+from kubernetes.aio.config.incluster_config import load_incluster_config
+from kubernetes.aio.config.kube_config import load_kube_config
 
 from finetune_api import API_VERSION
 
@@ -32,6 +36,21 @@ class ApiError(Exception):
         super().__init__(f"{status} {reason}: {message}")
         self.status = status
         self.reason = reason
+
+
+async def load_configuration() -> Configuration:
+    """Who we are: `$KUBECONFIG` where it is set, else the pod's ServiceAccount, else ~/.kube/config."""
+    configuration = Configuration()
+    if in_cluster():
+        load_incluster_config(client_configuration=configuration)
+    else:
+        file = os.environ.get("KUBECONFIG") or None
+        await load_kube_config(file, client_configuration=configuration, persist_config=False)
+    return configuration
+
+
+def in_cluster() -> bool:
+    return not os.environ.get("KUBECONFIG") and "KUBERNETES_SERVICE_HOST" in os.environ
 
 
 class Kind(NamedTuple):
@@ -74,8 +93,8 @@ class Cluster(Protocol):
 
     async def list_profiles(self) -> list[Object]: ...
 
-    def list_keys(self, namespaces: tuple[str, ...]) -> AsyncIterator[tuple[str, str]]:
-        """(namespace, name) of every FineTuneJob, page by page; no namespaces: all."""
+    def list_jobs(self, namespaces: tuple[str, ...]) -> AsyncIterator[Object]:
+        """Every FineTuneJob, page by page, so that not all of them are in memory at once; no namespaces: all."""
 
     async def create(self, manifest: Object) -> Object:
         """Creates the object. ApiError's reason is AlreadyExists where the name is taken."""
@@ -118,16 +137,17 @@ class KubeCluster:
         timeout: float = 30.0,
         attempts: int = 5,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-        on_success: Callable[[], None] = lambda: None,
+        on_call: Callable[[str, str, int | str, float], None] = lambda verb, resource, code, seconds: None,
     ) -> None:
-        """`timeout`: seconds for one request. `attempts`: tries of one call while the server says 429 or 5xx."""
+        """`timeout`: seconds for one request. `attempts`: tries of one call while the server says 429 or 5xx.
+        `on_call(verb, resource, code or word, seconds)` hears of every request."""
         self._client = ApiClient(configuration)
         self._client.user_agent = FIELD_MANAGER
         self._host: str = configuration.host
         self._timeout = aiohttp.ClientTimeout(total=timeout, connect=min(10.0, timeout))
         self._attempts = attempts
         self._sleep = sleep
-        self._on_success = on_success
+        self._on_call = on_call
 
     async def close(self) -> None:
         await self._client.close()
@@ -147,11 +167,11 @@ class KubeCluster:
     async def list_profiles(self) -> list[Object]:
         return [item async for page in self._pages(_path("FineTuneProfile", None), {}) for item in page]
 
-    async def list_keys(self, namespaces: tuple[str, ...]) -> AsyncIterator[tuple[str, str]]:
+    async def list_jobs(self, namespaces: tuple[str, ...]) -> AsyncIterator[Object]:
         for namespace in namespaces or (None,):
             async for page in self._pages(_path("FineTuneJob", namespace), {}):
                 for item in page:
-                    yield item["metadata"]["namespace"], item["metadata"]["name"]
+                    yield item
 
     async def create(self, manifest: Object) -> Object:
         path = _path(manifest["kind"], manifest["metadata"]["namespace"])
@@ -232,10 +252,16 @@ class KubeCluster:
     ) -> Object:
         """One request, again while the server says so: after Retry-After seconds where it names them."""
         for attempt in range(1, self._attempts + 1):
+            code: int | str = "unreachable"
+            start = time.monotonic()
             try:
                 status, headers, data = await self._send(method, path, query, body)
+                code = status
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
-                raise ApiError(0, "Unreachable", f"{method} {path}: {error or type(error).__name__}") from error
+                text = str(error) or type(error).__name__
+                raise ApiError(0, "Unreachable", f"{method} {path}: {text}") from error
+            finally:
+                self._on_call(method, _resource(path), code, time.monotonic() - start)
             if status not in RETRIED or attempt == self._attempts:
                 return self._result(method, path, status, data)
             await self._sleep(_delay(headers.get("Retry-After"), attempt))
@@ -260,7 +286,6 @@ class KubeCluster:
             answer = {"message": data[:200].decode(errors="replace")}
         if not 200 <= status < 300:
             raise ApiError(status, answer.get("reason") or str(status), f"{method} {path}: {answer.get('message', '')}")
-        self._on_success()
         return answer
 
 
@@ -268,6 +293,11 @@ def _path(kind: str, namespace: str | None, name: str | None = None) -> str:
     api, plural, namespaced = KINDS[kind]
     scope = f"/namespaces/{namespace}" if namespaced and namespace else ""
     return f"{api}{scope}/{plural}" + (f"/{name}" if name else "")
+
+
+def _resource(path: str) -> str:
+    """The plural in a path, for metrics."""
+    return next((kind.plural for kind in KINDS.values() if f"/{kind.plural}" in path), "other")
 
 
 def _delay(retry_after: str | None, attempt: int) -> float:

@@ -5,14 +5,12 @@
 
 import asyncio
 import heapq
-import logging
 import random
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable
 from typing import Generic, TypeVar
 
-logger = logging.getLogger("finetune_operator.workqueue")
 K = TypeVar("K", bound=Hashable)
 
 
@@ -91,9 +89,7 @@ class Schedule(Generic[K]):
             self.add_at(key, now + pause)
         if key in self._again:
             self._again.discard(key)
-            # News does not shorten the pause after a failure: it would fail again as fast as news comes in.
-            if not failed:
-                self.add(key)
+            self.add(key)
         return pause
 
 
@@ -101,10 +97,15 @@ class WorkQueue(Generic[K]):
     """A `Schedule` on the event loop's clock."""
 
     def __init__(
-        self, work: Callable[[K], Awaitable[float | None]], *, clock: Callable[[], float] = time.monotonic
+        self,
+        work: Callable[[K], Awaitable[float | None]],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        on_failure: Callable[[K, Exception], None] = lambda key, error: None,
     ) -> None:
         """`work(key)` returns after how many seconds to call it again, or None; what it raises is a failure."""
         self._work = work
+        self._on_failure = on_failure
         self._clock = clock
         self._schedule: Schedule[K] = Schedule()
         self._news = asyncio.Event()
@@ -128,8 +129,6 @@ class WorkQueue(Generic[K]):
             if key is None:
                 await self._wait()
                 continue
-            # Others sleep on the same event: what is left is theirs.
-            self._news.set()
             await self._handle(key)
 
     async def _wait(self) -> None:
@@ -147,12 +146,8 @@ class WorkQueue(Generic[K]):
             after = await self._work(key)
             failed = False
         except Exception as error:
-            logger.warning("%s: %s; tried again later", key, error or type(error).__name__, exc_info=_unexpected(error))
+            # Whatever it is, the other keys must go on, and this one is tried again.
+            self._on_failure(key, error)
         finally:
             self._schedule.done(key, self._clock(), failed=failed, after=after)
             self._news.set()
-
-
-def _unexpected(error: Exception) -> bool:
-    """A refusal is one line; a mistake of ours needs the stack."""
-    return not getattr(error, "expected", False)

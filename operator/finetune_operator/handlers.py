@@ -1,0 +1,73 @@
+"""kopf's part: watching, login, the liveness server and signals. What happens with an event is the controller's."""
+
+from typing import Any
+
+import kopf
+
+from finetune_api import GROUP, VERSION
+from finetune_operator.cluster import ApiError, in_cluster
+from finetune_operator.controller import Controller
+from finetune_operator.manifests import MANAGED_BY
+from finetune_operator.tls import TlsError
+
+
+def registry(controller: Controller) -> kopf.OperatorRegistry:
+    """The handlers of one controller. Only `on.event`: it writes nothing to any object and needs no finalizer."""
+    handlers = kopf.OperatorRegistry()
+
+    @kopf.on.startup(registry=handlers)
+    async def start(settings: kopf.OperatorSettings, **_: Any) -> None:
+        configure(settings)
+        try:
+            await controller.start()
+        except (ApiError, TlsError, OSError) as error:
+            raise kopf.PermanentError(f"cannot start: {error}") from error
+
+    @kopf.on.cleanup(registry=handlers)
+    async def stop(**_: Any) -> None:
+        await controller.stop()
+
+    @kopf.on.login(registry=handlers, retries=3)
+    def login(**kwargs: Any) -> Any:
+        # The same choice as for our own client; without a handler any installed library's credentials may be used.
+        return kopf.login_with_service_account(**kwargs) if in_cluster() else kopf.login_with_kubeconfig(**kwargs)
+
+    @kopf.on.probe(registry=handlers, id="problem")
+    def probe(**_: Any) -> str:
+        # PermanentError answers 500; after any other exception the probe would be tried again and hang.
+        if problem := controller.problem():
+            raise kopf.PermanentError(problem)
+        return "none"
+
+    @kopf.on.event(GROUP, VERSION, "finetunejobs", registry=handlers)
+    def job(event: kopf.RawEvent, **_: Any) -> None:
+        controller.on_job(event["type"], event["object"])
+
+    @kopf.on.event("batch", "v1", "jobs", registry=handlers)
+    def child(event: kopf.RawEvent, **_: Any) -> None:
+        controller.on_child(event["object"])
+
+    @kopf.on.event("v1", "pods", registry=handlers)
+    def pod(event: kopf.RawEvent, **_: Any) -> None:
+        controller.on_child(event["object"])
+
+    return handlers
+
+
+def configure(settings: kopf.OperatorSettings) -> None:
+    # Events are posted by the controller, after the status write; kopf would turn its own log lines into more.
+    settings.posting.enabled = False
+    # No watches on namespaces and CRDs: they need rights of their own, and nothing here waits for either.
+    settings.scanning.disabled = True
+    # The server filters, not the client: other people's pods are many.
+    selector = "=".join(MANAGED_BY)
+    settings.watching.label_selectors["batch", "v1", "jobs"] = selector
+    settings.watching.label_selectors["v1", "pods"] = selector
+    # An initial LIST of 10,000 objects at once is a peak in memory here and at the server.
+    settings.watching.chunk_size = 500
+    settings.watching.connect_timeout = 10
+    # Finite: after the last one the process ends and is started anew, instead of being green without a watch.
+    settings.networking.error_backoffs = (1, 1, 2, 3, 5, 8, 13, 21, 34, 60)
+    settings.networking.request_timeout = 60
+    # The process is to be gone before the kubelet's patience of 30 seconds ends.
+    settings.process.ultimate_exiting_timeout = 20

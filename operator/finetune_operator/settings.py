@@ -1,0 +1,68 @@
+"""What the operator is told from outside: `FINETUNE_OPERATOR_<NAME>` in its environment. The chart sets them."""
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+PREFIX = "FINETUNE_OPERATOR_"
+Names = Annotated[tuple[str, ...], BeforeValidator(lambda text: tuple(text.split()) if isinstance(text, str) else text)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class Settings(BaseModel):
+    """Defaults are those of a laptop: everything on the loopback address, ports by the kernel."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    namespaces: Names = ()
+    """Namespaces to serve, parted by blanks; none: all. An operator with rights on some namespaces only needs it."""
+    workers: Annotated[int, Field(ge=1, le=256)] = 16
+    """Jobs that are reconciled at once: it bounds the requests in flight, and so what an API server must bear."""
+    resync_seconds: Annotated[float, Field(gt=0)] = 300.0
+    """How often every unfinished job is looked at without a reason: it heals a watch event that never came."""
+    api_timeout_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """For one request to the API server; an answer that takes longer counts as none."""
+    stale_seconds: Annotated[float, Field(gt=0)] = 900.0
+    """Without an answer of the API server for this long the liveness probe fails: a restart may find a way. Several
+    times resync_seconds, because an idle operator asks no more often than that."""
+    liveness_host: str = "127.0.0.1"
+    """Where the liveness server listens. The kubelet needs the pod's address: 0.0.0.0 in a cluster."""
+    liveness_port: Port | None = None
+    """`GET /healthz` says 200 while the operator has its first LIST and answers keep coming; none: it is not served."""
+    metrics_host: str = "127.0.0.1"
+    """Where Prometheus scrapes; 0.0.0.0 in a cluster."""
+    metrics_port: Port | None = None
+    """Port of `GET /metrics`; none: it is not served."""
+    progress_url: str | None = None
+    """What pods prepend to the path when they report, without a final slash: the progress Service's name and port in a
+    cluster. Absent: the address that the server listens at, which only processes of this machine can reach."""
+    progress_host: str = "127.0.0.1"
+    """Where the progress server listens; 0.0.0.0 in a cluster."""
+    progress_port: Port = 0
+    """0: chosen by the kernel. Pods keep the address of their start, so give one where a restart must not matter."""
+    progress_hosts: Names = ()
+    """Further names for the certificate that is made where `tls_folder` has none; the host of progress_url is in it."""
+    tls_folder: Path = Path.home() / ".local/state/finetune-operator/tls"
+    """tls.crt, tls.key and ca.crt of the progress server. An empty folder gets an authority of its own, once: pods that
+    run trust it, so it must outlive a restart of the operator."""
+    log_format: Literal["auto", "json", "plain"] = "auto"
+    """auto: plain lines on a terminal, one JSON object for each line otherwise."""
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Of the operator's own lines; those of libraries begin at WARNING."""
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Self:
+        """Raises pydantic.ValidationError. An empty value is an absent one: templates leave them behind."""
+        given = {
+            key.removeprefix(PREFIX).lower(): value
+            for key, value in environment.items()
+            if key.startswith(PREFIX) and value != ""
+        }
+        return cls.model_validate(given)
+
+
+def operator_version() -> str:
+    return version("finetune-operator")
