@@ -332,6 +332,6 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _die_with_parent() -> list[str]:
-    """A prefix that has the kernel kill a program when we die without stopping it; empty where there is none."""
+    """A prefix that has the kernel kill a program when the thread that started it ends; empty where there is none."""
     setpriv = shutil.which("setpriv")
     return [setpriv, "--pdeathsig", "KILL", "--"] if setpriv else []
