@@ -1,4 +1,5 @@
-"""What the controller manager does for every kind: garbage collection, namespaces, and the end of a CRD.
+"""What the controller manager does for every kind: garbage collection (pods that no node had too), namespaces, the end
+of a CRD.
 
 Driven by changes alone: an object is looked at when an owner of it goes or it names one that is not there.
 """
@@ -17,6 +18,7 @@ from finetune_sandbox.store import Entry, Key
 
 log = logging.getLogger(__name__)
 Place = tuple[str, Key]
+ABANDONED_SECONDS = 1.0  # a real pod garbage collector comes by every 20; others may see the pod terminating meanwhile
 
 
 class Collector:
@@ -51,6 +53,8 @@ class Collector:
                 self._later(self._check, (resource.key, key))
             if "deletionTimestamp" in data:
                 self._deleting(resource, uid, key[1])
+            if resource.key == "pods" and _abandoned(after.obj):
+                asyncio.get_running_loop().call_later(ABANDONED_SECONDS, self._later, self._fail_pod, key)
         if resource.key == "namespaces" and before is None:
             self._later(self._furnish, key[1])
 
@@ -156,6 +160,14 @@ class Collector:
             if self.store.get(key, name, obj["metadata"]["name"]) is None:
                 self.registry.create(self.registry.kinds.by_key[key], name, obj)
 
+    def _fail_pod(self, key: Key) -> None:
+        """A pod that ends before any node had it: no kubelet will ever say so, as the pod garbage collector does."""
+        entry = self.store.get("pods", *key)
+        if entry is None or not _abandoned(entry.obj):
+            return
+        pods = self.registry.kinds.by_key["pods"]
+        self.registry.modify(pods, entry, lambda pod: pod["status"].update(phase="Failed"))
+
     def _empty_namespace(self, name: str) -> None:
         namespace = self.store.get("namespaces", "", name)
         if namespace is None or "deletionTimestamp" not in namespace.obj["metadata"]:
@@ -183,3 +195,8 @@ class Collector:
         empty = not any(self.store.tables[name].spaces.values())
         if empty and custom.CLEANUP in crd.obj["metadata"].get("finalizers", ()):
             self._release(crds, crd, custom.CLEANUP)
+
+
+def _abandoned(pod: Obj) -> bool:
+    ended = (pod.get("status") or {}).get("phase") in ("Succeeded", "Failed")
+    return "deletionTimestamp" in pod["metadata"] and not pod["spec"].get("nodeName") and not ended
