@@ -14,6 +14,7 @@ from finetune_sandbox.client import JOBS, JSON_PATCH, PODS, ApiError, Client, Ob
 from finetune_sandbox.host import now
 from finetune_sandbox.jobpods import FINALIZER
 from finetune_sandbox.jobsync import CONTROLLER, Plan, sync
+from finetune_sandbox.podstatus import TERMINAL
 from finetune_sandbox.tasks import cancel, spawn
 
 log = logging.getLogger(__name__)
@@ -102,6 +103,8 @@ class JobController:
             await self._release(orphan)
         if job is None or job["spec"].get("managedBy", CONTROLLER) != CONTROLLER:
             return None
+        for pod in own:
+            await self._fail_unscheduled(pod)
         plan = sync(job, own, datetime.now(UTC))
         await self._apply(job, plan)
         return plan.requeue_after
@@ -115,7 +118,7 @@ class JobController:
             return None
 
     async def _apply(self, job: Object, plan: Plan) -> None:
-        """The status first: a pod may go only once it is counted. A conflict (409) ends the attempt; another follows."""
+        """The status first: a pod may go only once it is counted. After a conflict (409) all is tried anew."""
         metadata = job["metadata"]
         namespace, name = metadata["namespace"], metadata["name"]
         if plan.status is not None:
@@ -130,6 +133,18 @@ class JobController:
                 self._refused.add(metadata["uid"])
         if plan.delete_job:
             await self._client.delete(JOBS, namespace, name, uid=metadata["uid"], propagation="Foreground")
+
+    async def _fail_unscheduled(self, pod: Mapping[str, Any]) -> None:
+        """A pod that was deleted before it had a node: no kubelet will say that it failed.
+
+        Elsewhere a garbage collector does; here it is done for the pods that would otherwise never be counted.
+        """
+        metadata = pod["metadata"]
+        if not metadata.get("deletionTimestamp") or FINALIZER not in (metadata.get("finalizers") or []):
+            return
+        if not pod["spec"].get("nodeName") and pod["status"].get("phase") not in TERMINAL:
+            body = {"metadata": {"uid": metadata["uid"]}, "status": {"phase": "Failed"}}
+            await self._client.patch(PODS, metadata["namespace"], metadata["name"], body, "status")
 
     async def _release(self, pod: Mapping[str, Any]) -> None:
         """Takes our finalizer off, and only if it is still where it was seen."""

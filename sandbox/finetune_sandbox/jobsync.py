@@ -85,6 +85,7 @@ def sync(job: Object, pods: Sequence[Object], now: datetime) -> Plan:
         if target:
             status.setdefault("conditions", []).append(target)
     if target:
+        _abandon(job, tracked, target, step)
         step.delete = active
     else:
         _manage(job, pods, active, terminating, completed, now, step)
@@ -146,6 +147,17 @@ def _count(job: Object, tracked: Sequence[Object], step: _Step) -> tuple[set[int
     return completed, status["failed"] + len(waiting)
 
 
+def _abandon(job: Object, tracked: Sequence[Object], target: Object, step: _Step) -> None:
+    """A Job that ends waits for no pod's state: those still there have failed, unless the Job has succeeded."""
+    released = {pod["metadata"]["uid"] for pod in step.release}
+    rest = [pod for pod in tracked if pod["metadata"]["uid"] not in released]
+    step.release += rest
+    if target["type"] == "FailureTarget":
+        counted = [pod["metadata"]["uid"] for pod in rest if not _ignored(job, pod)]
+        if waiting := [*_uncounted(step.status), *counted]:
+            step.status["uncountedTerminatedPods"] = {"failed": waiting}
+
+
 def _ignored(job: Object, pod: Object) -> bool:
     matched = match(job["spec"].get("podFailurePolicy"), pod)
     return matched is not None and matched.action == "Ignore"
@@ -193,6 +205,7 @@ def _manage(
         _remove(active, step)
         if _condition(status, "Suspended") is None:
             _set(status, _new("Suspended", "True", "JobSuspended", "Job suspended", now))
+            status.pop("startTime", None)
             step.notices.append(Notice("Normal", "Suspended", "Job suspended"))
         return
     if _resuming(job):
@@ -241,7 +254,7 @@ def _surplus(active: Sequence[Object], wanted: int, completions: int) -> list[Ob
 
 def _backoff(job: Object, pods: Sequence[Object], now: datetime) -> float:
     """Seconds to wait before a replacement: 10, 20, 40 … 600 after the failures since the last success."""
-    ended = sorted((pod for pod in pods if _terminal(pod)), key=lambda pod: _finish_time(pod, now), reverse=True)
+    ended = sorted((pod for pod in pods if _terminal(pod)), key=_finish_time, reverse=True)
     row: list[Object] = []
     for pod in ended:
         if pod["status"]["phase"] == "Succeeded":
@@ -251,16 +264,17 @@ def _backoff(job: Object, pods: Sequence[Object], now: datetime) -> float:
     if not row:
         return 0.0
     wait = min(_BACKOFF_SECONDS * 2 ** (len(row) - 1), _BACKOFF_MAX_SECONDS)
-    return (_finish_time(row[0], now) + timedelta(seconds=wait) - now).total_seconds()
+    return (_finish_time(row[0]) + timedelta(seconds=wait) - now).total_seconds()
 
 
-def _finish_time(pod: Object, now: datetime) -> datetime:
+def _finish_time(pod: Object) -> datetime:
     ends = [
         _time(record["state"]["terminated"]["finishedAt"])
         for record in pod["status"].get("containerStatuses") or []
         if (record.get("state") or {}).get("terminated", {}).get("finishedAt")
     ]
-    return max(ends, default=now)
+    metadata = pod["metadata"]
+    return max(ends, default=_time(metadata.get("deletionTimestamp") or metadata["creationTimestamp"]))
 
 
 def _write_counts(

@@ -9,9 +9,11 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Protocol
 
+import aiohttp
 from aiohttp import web
 
 from finetune_sandbox.certificates import Authority
+from finetune_sandbox.client import NODES, PODS, Client
 
 _CHUNK = 64 * 1024
 _POLL_SECONDS = 0.1
@@ -51,6 +53,36 @@ async def follow_file(path: Path, offset: int, running: Callable[[], bool]) -> A
             if not alive:
                 return
             await asyncio.sleep(_POLL_SECONDS)
+
+
+class NodeLogs:
+    """The logs of all process nodes of a cluster, asked for as an API server asks a kubelet."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    async def stream(
+        self, namespace: str, pod: str, container: str, follow: bool, tail_lines: int | None
+    ) -> AsyncIterator[bytes]:
+        """Raises LookupError where the pod is on no node or its container has not been started."""
+        found = await self._client.get(PODS, namespace, pod)
+        if not found["spec"].get("nodeName"):
+            raise LookupError(f'pod "{namespace}/{pod}" is on no node yet')
+        status = (await self._client.get(NODES, None, found["spec"]["nodeName"]))["status"]
+        address = next(entry["address"] for entry in status["addresses"] if entry["type"] == "InternalIP")
+        port = status["daemonEndpoints"]["kubeletEndpoint"]["Port"]
+        query = {"follow": str(follow).lower()} | ({} if tail_lines is None else {"tailLines": str(tail_lines)})
+        url = f"https://{address}:{port}/containerLogs/{namespace}/{pod}/{container}"
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=5)
+        # ssl=False as kube-apiserver does without --kubelet-certificate-authority: it is this machine's loopback.
+        async with (
+            aiohttp.ClientSession(timeout=timeout) as session,
+            session.get(url, params=query, ssl=False) as response,
+        ):
+            if response.status != 200:
+                raise LookupError(await response.text())
+            async for chunk in response.content.iter_any():
+                yield chunk
 
 
 class LogServer:

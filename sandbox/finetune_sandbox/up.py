@@ -28,6 +28,7 @@ from finetune_sandbox.binder import Binder
 from finetune_sandbox.client import Client
 from finetune_sandbox.controlplane import ControlPlane, assets_from_environment
 from finetune_sandbox.jobs import JobController
+from finetune_sandbox.logs import NodeLogs
 from finetune_sandbox.node import Node
 from finetune_sandbox.s3 import S3, Credentials
 from finetune_sandbox.tasks import until_signal
@@ -110,6 +111,7 @@ class Sandbox:
             jobs = JobController(self.client)
             jobs.start()
             self._stack.push_async_callback(jobs.close)
+            server.log_source = NodeLogs(self.client)
         if self._wants_node:
             binder = Binder(self.client)
             binder.start()
@@ -117,8 +119,6 @@ class Sandbox:
             folder = self._directory / "node"
             node = Node(self.client, NODE_NAME, folder, self._resources, **self._node_options)
             self.node = await self._stack.enter_async_context(node)
-            if server:
-                server.log_source = self.node
 
     async def _start_control_plane(self) -> ApiServer | None:
         """Sets `kubeconfig`; the server where it is the sandbox's own."""

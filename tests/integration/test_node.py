@@ -102,8 +102,13 @@ class Lab:
         events, _ = await self.client.list(EVENTS, self.namespace)
         return [event["message"] for event in events if event["reason"] == reason]
 
-    def process(self, name: str) -> int:
-        return self.node.process_ids(self.namespace, name)["main"]
+    async def process(self, name: str) -> int:
+        """The process id of the pod's command."""
+
+        async def running() -> dict[str, int]:
+            return self.node.process_ids(self.namespace, name)
+
+        return (await eventually(running, "process"))["main"]
 
 
 def terminated(pod: Object, number: int = 0) -> Object:
@@ -264,7 +269,7 @@ async def test_deletion_asks_the_first_process_and_kills_all_after_the_grace_per
     await lab.run(container={"command": ["python", "-c", script]}, terminationGracePeriodSeconds=1)
     await lab.until("running pod", lambda pod: pod["status"]["phase"] == "Running")
     child = int(await eventually(lab.output, "the child's process id"))
-    first = lab.process("p")
+    first = await lab.process("p")
     watched = asyncio.create_task(_last_state(lab))
     await asyncio.sleep(0)
     began = time.monotonic()
@@ -293,7 +298,7 @@ async def _last_state(lab: Lab) -> Object:
 async def test_a_forced_deletion_kills_at_once(lab: Lab) -> None:
     await lab.run("trap '' TERM; while true; do sleep 1; done")
     await lab.until("running pod", lambda pod: pod["status"]["phase"] == "Running")
-    pid = lab.process("p")
+    pid = await lab.process("p")
     await lab.client.delete(PODS, lab.namespace, "p", grace_seconds=0)
     await eventually(lambda: _dead(pid), "end of the process")
 
@@ -425,7 +430,7 @@ async def test_one_failure_ends_the_gang_within_seconds(lab: Lab) -> None:
     await lab.create_job(script, podFailurePolicy={"rules": rules})
     pods = await lab.running_gang()
     began = time.monotonic()
-    os.kill(lab.process(pods[0]["metadata"]["name"]), 9)
+    os.kill(await lab.process(pods[0]["metadata"]["name"]), 9)
     job = await lab.until_job("Failed")
     assert time.monotonic() - began < 10
     assert [c["reason"] for c in job["status"]["conditions"]] == ["PodFailurePolicy", "PodFailurePolicy"]
@@ -450,7 +455,7 @@ async def test_a_preempted_pod_is_a_disruption(lab: Lab) -> None:
 
 async def test_suspend_ends_the_processes_and_resume_starts_new_ones(lab: Lab) -> None:
     await lab.create_job("exec sleep 1000")
-    pids = [lab.process(pod["metadata"]["name"]) for pod in await lab.running_gang()]
+    pids = [await lab.process(pod["metadata"]["name"]) for pod in await lab.running_gang()]
     await lab.client.patch(JOBS, lab.namespace, "j", {"spec": {"suspend": True}})
     job = await lab.until_job("Suspended")
     await eventually(lab.job_pods, "no pods", until=lambda pods: not pods, timeout=30)
@@ -473,7 +478,7 @@ async def test_a_finished_job_is_removed_after_its_time(lab: Lab) -> None:
 async def test_a_restarted_node_reports_its_pods_as_lost(lab: Lab, client: Client, tmp_path: Path) -> None:
     await lab.run("exec sleep 1000")
     await lab.until("running pod", lambda pod: pod["status"]["phase"] == "Running")
-    pid = lab.process("p")
+    pid = await lab.process("p")
     await lab.node.close()
     assert not alive(pid)
     async with Node(client, lab.node.name, tmp_path, {"cpu": "64"}) as second:

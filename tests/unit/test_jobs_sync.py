@@ -140,6 +140,7 @@ def test_one_failure_fails_the_gang_but_failed_waits_for_the_other_pods() -> Non
     world.end(world.pod(1), 1).settle()
     assert world.conditions == [("FailureTarget", "True", "PodFailurePolicy")]
     assert world.status["terminating"] == 1
+    assert all(FINALIZER not in pod["metadata"]["finalizers"] for pod in world.pods)
     assert "active" not in world.status
     message = world.status["conditions"][0]["message"]
     assert message == "Container main for pod ns/j-2 failed with exit code 1 matching FailJob rule at index 1"
@@ -222,6 +223,7 @@ def test_suspend_and_resume() -> None:
     world.kill_terminating().settle()
     assert world.pods == []
     assert world.conditions == [("Suspended", "True", "JobSuspended")]
+    assert "startTime" not in world.status
     world.now += timedelta(hours=1)
     world.job["spec"]["suspend"] = False
     world.settle()

@@ -1,0 +1,126 @@
+"""The whole sandbox: in the background, with S3, and its end."""
+
+import json
+import os
+import signal
+import stat
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from botocore.exceptions import ClientError
+
+from finetune_sandbox.client import PODS, Client
+from finetune_sandbox.s3 import S3
+from finetune_sandbox.up import SandboxError, running, serve, start_background, stop_background
+from support.waiting import eventually
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path / "state"
+    stop_background(tmp_path / "state")
+
+
+def processes_below(folder: Path) -> list[str]:
+    """Command lines and environments of this machine's processes that name the folder."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                words = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
+                continue
+            if os.fsencode(folder) in words:
+                found.append(entry.name)
+    return found
+
+
+def wait_for(probe: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not probe():
+        assert time.monotonic() < deadline, "not within 20 s"
+        time.sleep(0.05)
+
+
+async def sleeper(client: Client, folder: Path) -> None:
+    """A pod that runs for ever, with a child that left its session."""
+    script = "setsid sleep 1000 & exec sleep 1000"
+    container = {
+        "name": "main",
+        "image": "x",
+        "command": ["sh", "-c", script],
+        "env": [{"name": "MARK", "value": str(folder)}],
+    }
+    spec = {"restartPolicy": "Never", "automountServiceAccountToken": False, "containers": [container]}
+    await client.create(PODS, "default", {"metadata": {"name": "p"}, "spec": spec})
+    await eventually(
+        lambda: client.get(PODS, "default", "p"),
+        "running pod",
+        until=lambda pod: pod["status"]["phase"] == "Running",
+        timeout=20,
+    )
+
+
+async def test_up_and_down(folder: Path) -> None:
+    began = time.monotonic()
+    info = start_background(folder)
+    started = time.monotonic() - began
+    assert started < (30 if info.name == "kubernetes" else 6), f"the sandbox took {started:.1f} s to start"
+    assert running(folder) == info == start_background(folder)
+    for private in ("sandbox.json", "s3.credentials"):
+        assert stat.S_IMODE((folder / private).stat().st_mode) == 0o600
+    assert json.loads((folder / "sandbox.json").read_text())["pid"] == info.pid
+    with pytest.raises(SandboxError, match="already"):
+        serve(folder)
+    info.s3().create_bucket("models")
+    assert [bucket["Name"] for bucket in info.s3().client().list_buckets()["Buckets"]] == ["models"]
+    async with await Client.from_kubeconfig(info.kubeconfig) as client:
+        await sleeper(client, folder)
+    assert stop_background(folder)
+    assert running(folder) is None
+    assert not stop_background(folder)
+    wait_for(lambda: not processes_below(folder))
+
+
+async def test_nothing_survives_a_sandbox_that_is_killed(folder: Path) -> None:
+    info = start_background(folder)
+    async with await Client.from_kubeconfig(info.kubeconfig) as client:
+        await sleeper(client, folder)
+    assert processes_below(folder)
+    os.kill(info.pid, signal.SIGKILL)
+    wait_for(lambda: not processes_below(folder))
+    assert running(folder) is None
+    again = start_background(folder)
+    assert again.pid != info.pid
+
+
+def test_a_sandbox_that_cannot_start_says_why(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBEBUILDER_ASSETS", str(folder / "nothing"))
+    with pytest.raises(SandboxError, match="did not start") as caught:
+        start_background(folder)
+    assert "has no executable" in str(caught.value)
+
+
+async def test_s3_lets_each_user_do_what_is_his(tmp_path: Path) -> None:
+    server = await S3.start(tmp_path)
+    try:
+        server.create_bucket("data")
+        writer = server.client(server.create_user("writer", ["data/a"]))
+        reader = server.client(server.create_user("reader", ["data"], read_only=True))
+        writer.put_object(Bucket="data", Key="a/x", Body=b"1", IfNoneMatch="*")
+        assert reader.get_object(Bucket="data", Key="a/x")["Body"].read() == b"1"
+        for refused in (
+            lambda: writer.put_object(Bucket="data", Key="a/x", Body=b"2", IfNoneMatch="*"),
+            lambda: writer.put_object(Bucket="data", Key="b/x", Body=b"2"),
+            lambda: reader.put_object(Bucket="data", Key="a/x", Body=b"2"),
+            lambda: reader.list_objects_v2(Bucket="other"),
+        ):
+            with pytest.raises(ClientError, match=r"PreconditionFailed|AccessDenied"):
+                refused()
+        assert reader.get_object(Bucket="data", Key="a/x")["Body"].read() == b"1"
+    finally:
+        await server.stop()
