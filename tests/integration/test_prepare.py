@@ -90,10 +90,11 @@ def test_pairs_become_shards_that_the_gang_can_pull(s3: S3, tmp_path: Path) -> N
     assert tokenizer.decode(ids) == "What is 3? It is the number 3."
     assert tokenizer.decode([label for label in labels if label != -100]) == " It is the number 3."
     assert (ids[0], ids[-1], labels[-1]) == (1, 2, 2)
-    assert (
-        index.model.parameters == 2 * 512 * 32 + 32 + 2 * (4 * 32 * 32 + 3 * 64 * 32 + 2 * 32)
-        or index.model.parameters > 0
-    )
+    vocab, hidden, inner = index.model.vocab_size, 32, 64
+    block = 4 * hidden * hidden + 3 * inner * hidden
+    assert index.model.parameters == 2 * vocab * hidden + hidden + 2 * (block + 2 * hidden)
+    assert index.model.linear_parameters == 2 * block
+    assert index.model.target_features == 2 * (4 * (hidden + hidden) + 3 * (inner + hidden))
     assert [p.uri.rpartition("/")[2] for p in index.base_model] == [
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]  # fmt: skip
     config = configured(s3).model_copy(update={"prepared": summary})
@@ -104,7 +105,8 @@ def test_pairs_become_shards_that_the_gang_can_pull(s3: S3, tmp_path: Path) -> N
     assert work.shard(index.shards[0].key).stat().st_size == index.shards[0].size
     # Nothing else was written, and the probes are gone.
     assert sorted(s3.keys("bucket", "out/")) == [
-        f"{SCRATCH}data/data-report.json", f"{SCRATCH}data/index.json", f"{SCRATCH}data/train/00000.parquet"]  # fmt: skip
+        f"{SCRATCH}data/{name}" for name in ("data-report.json", "index.json", "train/00000.parquet")
+    ]
 
 
 def as_csv(rows: list[dict[str, str]]) -> bytes:
@@ -142,8 +144,13 @@ def test_every_kind_of_file_gives_the_same_examples(s3: S3) -> None:
 
 
 FORMATS = {
-    "Messages": [{"messages": [{"role": "user", "content": f"q {i}"}, {"role": "assistant", "content": f"a {i}"}]} for i in range(4)],
-    "ShareGPT": [{"conversations": [{"from": "human", "value": f"q {i}"}, {"from": "gpt", "value": f"a {i}"}]} for i in range(4)],
+    "Messages": [
+        {"messages": [{"role": "user", "content": f"q {i}"}, {"role": "assistant", "content": f"a {i}"}]}
+        for i in range(4)
+    ],
+    "ShareGPT": [
+        {"conversations": [{"from": "human", "value": f"q {i}"}, {"from": "gpt", "value": f"a {i}"}]} for i in range(4)
+    ],
     "Instruction": [{"instruction": "q", "input": f"{i}", "output": f"a {i}"} for i in range(4)],
     "Text": [{"text": f"some text {i}"} for i in range(4)],
 }  # fmt: skip
@@ -207,7 +214,7 @@ def test_what_is_left_out_is_counted_with_its_place(s3: S3) -> None:
 def test_too_long_rows_can_be_cut(s3: S3) -> None:
     s3.put("s3://bucket/data/pairs.jsonl", jsonl([{"text": "word " * 300}, {"text": "short"}]))
     prepare(configured(s3, dataPolicy={"tooLong": "Truncate"}, training={"maxLength": 64}))
-    assert [len(ids) for ids, _ in examples(s3)][0] == 64
+    assert sorted(len(ids) for ids, _ in examples(s3))[-1] == 64
 
 
 def test_the_validation_split_stays_when_rows_are_added(s3: S3) -> None:
@@ -234,7 +241,7 @@ def test_a_second_run_writes_the_same_again(s3: S3) -> None:
 
 def test_several_datasets_keep_their_names(s3: S3) -> None:
     s3.put("s3://bucket/data/a.jsonl", jsonl(PAIRS[:10]))
-    s3.put("s3://bucket/data/b.jsonl", jsonl([{"text": f"text {i}"} for i in range(5)] + [PAIRS[0]] * 0))
+    s3.put("s3://bucket/data/b.jsonl", jsonl([{"text": f"text {i}"} for i in range(5)]))
     datasets = [{"name": n, "uri": f"s3://bucket/data/{n}.jsonl", "weight": 1.0} for n in ("a", "b")]
     prepare(configured(s3, datasets=datasets))
     index = index_of(s3)

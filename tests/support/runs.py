@@ -24,17 +24,19 @@ def make_run_config(
         "datasets": [{"name": "pairs", "uri": f"s3://{bucket}/data/pairs.jsonl"}],
         "output": {"uri": f"s3://{bucket}/out/"},
     }
+    fields |= spec
+    output = fields["output"]["uri"]
     return RunConfig.model_validate(
         {
             "namespace": "team-a",
             "job": "bot",
             "jobUid": JOB_UID,
-            "spec": fields | spec,
+            "spec": fields,
             "specSha256": "0" * 64,
             "devices": {"kind": "CPU", "workers": workers, "processesPerWorker": processes},
             "storage": StorageConfig(endpoint=endpoint, region="us-east-1", addressing_style="path"),
-            "scratchUri": f"s3://{bucket}/out/.scratch/{JOB_UID}/",
-            "outputUri": f"s3://{bucket}/out/bot/",
+            "scratchUri": f"{output}.scratch/{JOB_UID}/",
+            "outputUri": f"{output}bot/",
             "graceSeconds": grace_seconds,
         }
     )

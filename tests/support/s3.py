@@ -35,12 +35,20 @@ class S3:
     endpoint: str
     access_key: str = ""
     secret_key: str = ""
+    clients: dict[tuple[str, str], Any] = field(default_factory=dict, repr=False)
 
     @property
     def environment(self) -> dict[str, str]:
         return {"AWS_ACCESS_KEY_ID": self.access_key, "AWS_SECRET_ACCESS_KEY": self.secret_key}
 
     def client(self, service: str = "s3") -> Any:
+        """One for each service, until the keys change."""
+        known = (service, self.access_key)
+        if known not in self.clients:
+            self.clients[known] = self._connect(service)
+        return self.clients[known]
+
+    def _connect(self, service: str) -> Any:
         return boto3.client(
             service,
             endpoint_url=self.endpoint,

@@ -103,7 +103,8 @@ def _jsonl(stream: Any, uri: str) -> Iterator[Row]:
 
 def _object(line: bytes, number: int) -> Row:
     try:
-        value = json.loads(line.decode())
+        # Without its end, so that an error at the end of the line is told in the line's own columns.
+        value = json.loads(line.decode().rstrip())
     except UnicodeDecodeError as error:
         return Row(number, {}, f"byte {error.start + 1} is not UTF-8")
     except json.JSONDecodeError as error:
