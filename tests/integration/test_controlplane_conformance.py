@@ -157,6 +157,35 @@ async def test_a_secret_takes_plain_strings(api: Api, namespace: str) -> None:
     assert "stringData" not in made
 
 
+async def test_a_dry_run_answers_and_changes_nothing(api: Api, namespace: str) -> None:
+    await make(api, namespace, "here", {"k": "1"})
+    made = (await api.create(configmaps(namespace), configmap("new"), dryRun="All")).must(201)
+    assert made["metadata"]["name"] == "new"
+    (await api.create(configmaps(namespace), configmap("here"), dryRun="All")).refused(409, "AlreadyExists")
+    patched = (await api.patch(configmaps(namespace, "here"), {"data": {"k": "2"}}, dryRun="All")).must(200)
+    assert patched["data"] == {"k": "2"}
+    (await api.delete(configmaps(namespace, "here"), dryRun="All")).must(200)
+    assert (await api.get(configmaps(namespace, "here"))).must(200)["data"] == {"k": "1"}
+    (await api.get(configmaps(namespace, "new"))).refused(404, "NotFound")
+
+
+async def test_what_is_immutable_stays(api: Api, namespace: str) -> None:
+    body = {**configmap("fixed", {"k": "1"}), "immutable": True}
+    (await api.create(configmaps(namespace), body)).must(201)
+    for change in ({"data": {"k": "2"}}, {"immutable": False}):
+        (await api.patch(configmaps(namespace, "fixed"), change)).refused(422, "Invalid")
+    (await api.patch(configmaps(namespace, "fixed"), {"metadata": {"labels": {"a": "b"}}})).must(200)
+
+
+async def test_a_headless_service(api: Api, namespace: str) -> None:
+    spec = {"clusterIP": "None", "selector": {"a": "b"}, "publishNotReadyAddresses": True, "ports": [{"port": 29500}]}
+    path = f"/api/v1/namespaces/{namespace}/services"
+    made = (await api.create(path, {"metadata": {"name": "gang"}, "spec": spec})).must(201)["spec"]
+    assert (made["clusterIP"], made["type"], made["publishNotReadyAddresses"]) == ("None", "ClusterIP", True)
+    [port] = made["ports"]
+    assert (port["port"], port["protocol"], port["targetPort"]) == (29500, "TCP", 29500)
+
+
 # Patches
 
 

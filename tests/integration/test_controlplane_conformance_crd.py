@@ -246,7 +246,16 @@ def broken(**changes: Any) -> Object:
 
 BAD_SCHEMAS = {
     "not structural": (broken(properties={"x": {}}), "type"),
-    "rule does not compile": (broken(**{"x-kubernetes-validations": [{"rule": "self.nope > 1"}]}), "undefined field"),
+    # A schema without free-form parts: with them the sandbox cannot tell, and finds out when the rule runs.
+    "rule names no field": (
+        {
+            "type": "object",
+            "properties": {"size": {"type": "integer"}},
+            "x-kubernetes-validations": [{"rule": "self.nope > 1"}],
+        },
+        "undefined field",
+    ),
+    "rule does not parse": (broken(**{"x-kubernetes-validations": [{"rule": "self.size >"}]}), "compilation failed"),
     "rule is no condition": (broken(**{"x-kubernetes-validations": [{"rule": "self.size"}]}), "bool"),
     "default breaks the schema": (broken(properties={"x": {"type": "integer", "default": "1"}}), "default"),
     "map key is no field": (
