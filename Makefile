@@ -19,7 +19,7 @@ $(STAMP):
 	@rm -f .venv/installed-* && touch $@
 
 demo: setup
-	$(BIN)/python examples/demo/run.py
+	$(BIN)/python examples/demo/demo.py
 
 test: setup
 	$(BIN)/python -m pytest

@@ -231,6 +231,7 @@ def _start(situation: Situation, job: FineTuneJob, profile: FineTuneProfile, pre
             attempts=history.bounded((*situation.attempts, attempt)),
             data=data,
             sizing=sizing,
+            gpus=manifests.devices(job.spec, profile.spec).world_size,
         ),
         create=manifests.gang(job, profile, situation.context, number, prepared, sizing),
     )

@@ -36,6 +36,8 @@ class Decision:
     data: DataStatus | None = None
     sizing: Sizing | None = None
     result: ResultStatus | None = None
+    gpus: int | None = None
+    """That the gang asks for."""
 
 
 class Note(NamedTuple):
@@ -67,6 +69,8 @@ def build(old: FineTuneJobStatus, decision: Decision, generation: int, now: date
             "start_time": old.start_time or (now if decision.accepted else None),
             "completion_time": now if decision.state in ("Complete", "Failed") else None,
             "attempts": list(decision.attempts),
+            "attempt_count": decision.attempts[-1].number + 1 if decision.attempts else old.attempt_count,
+            "gpus": decision.gpus or old.gpus,
             "checkpoint": (trainer and trainer.checkpoint) or old.checkpoint,
             "data": decision.data or old.data,
             "sizing": decision.sizing or old.sizing,
