@@ -110,8 +110,8 @@ def check_data(obj: Obj, old: Obj | None) -> list[Cause]:
             if obj["kind"] == "Secret" or field == "binaryData":
                 try:
                     base64.b64decode(value, validate=True)
-                except ValueError:
-                    found.append(wrong(f"{field}[{key}]", "", "must be base64"))
+                except ValueError as error:
+                    raise bad_request(f"{field}[{key}]: illegal base64 data: {error}") from error
     if size > MAX_DATA * (4 / 3 if obj["kind"] == "Secret" else 1):
         found.append(Cause("", f"Too long: may not be more than {MAX_DATA} bytes", "FieldValueTooLong"))
     if old is not None and old.get("immutable"):

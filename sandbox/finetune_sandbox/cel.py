@@ -14,7 +14,7 @@ from typing import Any
 
 import cel
 
-from finetune_sandbox.errors import Cause, Obj, wrong
+from finetune_sandbox.errors import Cause, Obj, shown, wrong
 from finetune_sandbox.schema import ABSENT, Schema, by_keys, map_key, pattern
 
 
@@ -218,7 +218,7 @@ def _run(node: Node, value: Any, old: Any, path: str, *, top: bool) -> Iterator[
     if known:
         variables["oldSelf"] = to_cel(node.schema, old, top=top)
     context = cel.Context(variables, dict(FUNCTIONS))
-    shape = node.schema.get("type", "object")
+    shape = "" if isinstance(value, dict | list) else f"{shown(value)}: "
     for rule in wanted:
         try:
             held = rule.program.execute(context)
@@ -250,9 +250,9 @@ def _cause(rule: Rule, path: str, shape: str, message: str) -> Cause:
         case "FieldValueForbidden":
             text = f"Forbidden: {message}"
         case "FieldValueDuplicate":
-            text = f'Duplicate value: "{shape}"'
+            text = f"Duplicate value: {shape}{message}"
         case _:
-            text = f'Invalid value: "{shape}": {message}'
+            text = f"Invalid value: {shape}{message}"
     return Cause(field, text, rule.reason)
 
 

@@ -36,7 +36,7 @@ class ApiError(Exception):
 
 def _details(group_resource: str, name: str) -> Obj:
     plural, _, group = group_resource.partition(".")
-    return {"name": name, "kind": plural} | ({"group": group} if group else {})
+    return ({"name": name} if name else {}) | {"kind": plural} | ({"group": group} if group else {})
 
 
 def not_found(group_resource: str, name: str) -> ApiError:
@@ -88,7 +88,7 @@ def invalid(kind: str, group: str, name: str, causes: Sequence[Cause]) -> ApiErr
     lines = [f"{c.field}: {c.message}" for c in causes]
     listed = lines[0] if len(lines) == 1 else f"[{', '.join(lines)}]"
     subject = f"{kind}.{group}" if group else kind
-    details: Obj = {"name": name, "kind": kind} | ({"group": group} if group else {})
+    details: Obj = ({"name": name} if name else {}) | ({"group": group} if group else {}) | {"kind": kind}
     details["causes"] = [{"reason": c.reason, "message": c.message, "field": c.field} for c in causes]
     return ApiError(422, "Invalid", f'{subject} "{name}" is invalid: {listed}', details)
 

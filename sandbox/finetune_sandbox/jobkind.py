@@ -24,9 +24,10 @@ _UNLIMITED = 2147483647
 
 def default(job: Obj) -> None:
     spec = job.get("spec")
-    template = spec.get("template") if isinstance(spec, dict) else None
-    if not isinstance(spec, dict) or not isinstance(template, dict) or not isinstance(template.get("spec"), dict):
-        raise bad_request("spec.template.spec: expected an object")
+    if not isinstance(spec, dict):
+        raise bad_request("spec: expected an object")
+    template = spec.setdefault("template", {})
+    template.setdefault("spec", {})
     if spec.get("completions") is None and spec.get("parallelism") is None:
         spec["completions"] = 1
     if spec.get("parallelism") is None:
@@ -44,7 +45,8 @@ def default(job: Obj) -> None:
     for rule in (spec.get("podFailurePolicy") or {}).get("rules") or ():
         for pattern in rule.get("onPodConditions") or ():
             pattern.setdefault("status", "True")
-    template.setdefault("metadata", {}).setdefault("creationTimestamp", None)
+    template.setdefault("metadata", {}).pop("creationTimestamp", None)
+    template["spec"].setdefault("restartPolicy", "")  # the default for pods is not valid here
     podkind.default_spec(template["spec"])
 
 
@@ -58,6 +60,8 @@ def prepare(job: Obj, old: Obj | None) -> None:
         for key in keys:
             labels.setdefault(key, value)
     spec.setdefault("selector", {}).setdefault("matchLabels", {}).setdefault(_NEW[0], uid)
+    if not job["metadata"].get("labels"):
+        job["metadata"]["labels"] = dict(labels)
     job["status"] = {}
 
 
@@ -65,8 +69,10 @@ def validate(job: Obj, old: Obj | None) -> list[Cause]:
     spec = job["spec"]
     found = _numbers(spec) + _mode(job) + _selector(job)
     template = spec["template"]
-    policy = template["spec"].get("restartPolicy", "Always")
-    if policy not in ("OnFailure", "Never"):
+    policy = template["spec"]["restartPolicy"]
+    if policy in ("", "Always"):
+        found.append(required("spec.template.spec.restartPolicy", 'valid values: "OnFailure", "Never"'))
+    elif policy not in ("OnFailure", "Never"):
         found.append(not_supported("spec.template.spec.restartPolicy", policy, ("OnFailure", "Never")))
     found += check_labels(template["metadata"].get("labels") or {}, "spec.template.labels")
     found += podkind.check_spec(template["spec"], "spec.template.spec")
@@ -190,7 +196,7 @@ def _immutable(spec: Obj, old: Obj) -> list[Cause]:
         found.append(wrong("spec.completions", spec.get("completions"), "field is immutable"))
     parked = was.get("suspend") and not (old.get("status") or {}).get("startTime")
     if _template(spec, parked) != _template(was, parked):
-        found.append(wrong("spec.template", "core.PodTemplateSpec", "field is immutable"))
+        found.append(Cause("spec.template", "Invalid value: core.PodTemplateSpec: field is immutable"))
     return found
 
 

@@ -138,20 +138,23 @@ def _check_key(key: str, field: str) -> list[Cause]:
     return []
 
 
-def validate(meta: Mapping[str, Any], rule: str) -> list[Cause]:
-    """What is wrong with the metadata of an object whose names follow `rule`."""
+def validate(meta: Mapping[str, Any], rule: str, *, core: bool = True) -> list[Cause]:
+    """What is wrong with the metadata of an object whose names follow `rule`; `core` kinds know few bare finalizers."""
     found = check_name(meta.get("name", ""), rule) + check_labels(meta.get("labels", {}), "metadata.labels")
     annotations = meta.get("annotations", {})
     found += [c for key in annotations for c in _check_key(key.lower(), "metadata.annotations")]
     if sum(len(k) + len(v.encode()) for k, v in annotations.items()) > 256 * 1024:
         found.append(Cause("metadata.annotations", "Too long: may not be more than 262144 bytes", "FieldValueTooLong"))
-    for i, ref in enumerate(meta.get("ownerReferences", ())):
+    for ref in meta.get("ownerReferences", ()):
         missing = [k for k in OWNER_FIELDS[:4] if not ref.get(k)]
-        found += [wrong(f"metadata.ownerReferences[{i}].{k}", "", f"{k} must not be empty") for k in missing]
+        found += [wrong(f"metadata.ownerReferences.{k}", "", "must not be empty") for k in missing]
     if sum(1 for r in meta.get("ownerReferences", ()) if r.get("controller")) > 1:
         found.append(wrong("metadata.ownerReferences", "", "Only one reference can have Controller set to true"))
     for finalizer in meta.get("finalizers", ()):
         found += _check_key(finalizer, "metadata.finalizers")
+        if core and "/" not in finalizer and finalizer not in ("orphan", "foregroundDeletion", "kubernetes"):
+            why = "name is neither a standard finalizer name nor is it fully qualified"
+            found.append(wrong("metadata.finalizers", finalizer, why))
     return found
 
 

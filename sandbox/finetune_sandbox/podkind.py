@@ -50,7 +50,9 @@ def default_spec(spec: Obj) -> None:
     spec.setdefault("restartPolicy", "Always")
     spec.setdefault("dnsPolicy", "ClusterFirst")
     spec.setdefault("schedulerName", "default-scheduler")
-    spec.setdefault("terminationGracePeriodSeconds", GRACE_SECONDS)
+    grace = spec.setdefault("terminationGracePeriodSeconds", GRACE_SECONDS)
+    if isinstance(grace, int) and grace < 0:
+        spec["terminationGracePeriodSeconds"] = 1
     if spec.get("securityContext") is None:
         spec["securityContext"] = {}
     if spec.get("serviceAccountName"):
@@ -176,7 +178,7 @@ def check_spec(spec: Obj, path: str) -> list[Cause]:
                 found.append(duplicate(f"{where}.name", name))
             seen.add(name)
             found += _label(f"{where}.name", name) + _check_container(container, where, volumes)
-    if spec["restartPolicy"] not in ("Always", "OnFailure", "Never"):
+    if path == "spec" and spec["restartPolicy"] not in ("Always", "OnFailure", "Never"):
         found.append(not_supported(f"{path}.restartPolicy", spec["restartPolicy"], ("Always", "OnFailure", "Never")))
     for field in ("hostname", "subdomain"):
         if spec.get(field):
@@ -184,8 +186,8 @@ def check_spec(spec: Obj, path: str) -> list[Cause]:
     deadline = spec.get("activeDeadlineSeconds")
     if deadline is not None and (not isinstance(deadline, int) or deadline < 1):
         found.append(wrong(f"{path}.activeDeadlineSeconds", deadline, "must be between 1 and 2147483647, inclusive"))
-    if not isinstance(grace := spec["terminationGracePeriodSeconds"], int) or grace < 0:
-        found.append(wrong(f"{path}.terminationGracePeriodSeconds", grace, "must be greater than or equal to 0"))
+    if not isinstance(grace := spec["terminationGracePeriodSeconds"], int):
+        raise bad_request(f"{path}.terminationGracePeriodSeconds: expected seconds, found {grace!r}")
     for i, toleration in enumerate(spec.get("tolerations") or ()):
         found += _check_toleration(toleration, f"{path}.tolerations[{i}]")
     return found + check_labels(spec.get("nodeSelector") or {}, f"{path}.nodeSelector")
@@ -309,7 +311,7 @@ def _check_resources(resources: Obj, path: str) -> list[Cause]:
         limit = values.get(("limits", name))
         extended = "/" in name
         if limit is None and extended:
-            found.append(required(f"{path}.limits", f"Limit must be set for non overcommitable resources: {name}"))
+            found.append(required(f"{path}.limits", "Limit must be set for non overcommitable resources"))
         elif limit is not None and (value > limit or (extended and value != limit)):
             relation = "equal to" if extended else "less than or equal to"
             text = f"must be {relation} {name} limit of {resources['limits'][name]}"

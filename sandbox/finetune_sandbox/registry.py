@@ -209,6 +209,9 @@ class Registry:
     def _decode(self, resource: Resource, obj: Any, call: Call) -> None:
         if not isinstance(obj, dict):
             raise bad_request(f"expected a {resource.kind}, found {type(obj).__name__}")
+        if resource.custom and not (obj.get("apiVersion") and obj.get("kind")):
+            raise bad_request(f"the object provided is unrecognized (must be of type {resource.kind}): apiVersion or "
+                              "kind is missing")  # fmt: skip
         for key, want in (("apiVersion", resource.api_version), ("kind", resource.kind)):
             if obj.setdefault(key, want) != want:
                 raise bad_request(f"{key} in the data ({obj[key]}) does not match the expected {key} ({want})")
@@ -216,7 +219,9 @@ class Registry:
         if resource.schema is not None:
             unknown += schema.prune(resource.schema, obj)
             schema.default(resource.schema, obj)
-        elif call.field_validation == "Strict":
+        else:
+            _drop_nulls(obj)
+        if resource.schema is None and call.field_validation == "Strict":
             call.warnings.append(f"unknown fields of {resource.kind} are not checked by the sandbox")
         if unknown and call.field_validation == "Strict":
             listed = ", ".join(f'unknown field "{u}"' for u in unknown)
@@ -290,7 +295,7 @@ class Registry:
         return self._commit(resource, old, obj, call)
 
     def _validate(self, resource: Resource, obj: Obj, old: Obj | None) -> None:
-        causes = meta.validate(obj["metadata"], resource.names)
+        causes = meta.validate(obj["metadata"], resource.names, core=resource.core)
         if old is not None:
             causes += meta.validate_update(obj["metadata"], old["metadata"])
         try:
@@ -331,6 +336,18 @@ class Registry:
 
 
 SERVER = meta.SERVER_OWNED
+
+
+def _drop_nulls(value: Any) -> None:
+    """In a built-in kind a null is as good as absent."""
+    if isinstance(value, dict):
+        for key in [k for k, v in value.items() if v is None]:
+            del value[key]
+        for child in value.values():
+            _drop_nulls(child)
+    elif isinstance(value, list):
+        for child in value:
+            _drop_nulls(child)
 
 
 def _is_ns(resource: Resource) -> bool:

@@ -78,6 +78,10 @@ class Resource:
         return self.schema is not None
 
     @property
+    def core(self) -> bool:
+        return not self.custom and self.group != "apiextensions.k8s.io"
+
+    @property
     def selectable(self) -> tuple[str, ...]:
         return NAME_FIELDS + self.fields
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune_sandbox.auth import MASTERS, Attributes, Authenticator, Authorizer, User
 from finetune_sandbox.discovery import NAMESPACED_REVIEWS, REVIEWS
-from finetune_sandbox.errors import Obj, bad_request, required
+from finetune_sandbox.errors import Obj, bad_request, required, wrong
 from finetune_sandbox.errors import invalid as invalid_error
 from finetune_sandbox.requests import Route
 from finetune_sandbox.tokens import ISSUER
@@ -43,7 +43,7 @@ class Reviews:
 
     def _token(self, route: Route, user: User, spec: Obj) -> Obj:
         if not (token := spec.get("token")):
-            raise invalid_error("TokenReview", "authentication.k8s.io", "", [required("spec.token")])
+            raise bad_request("token is required for TokenReview in authentication")
         wanted = spec.get("audiences") or [ISSUER]
         found = self.auth.review(token, wanted)
         if found is None:
@@ -64,7 +64,10 @@ class Reviews:
     def _decide(self, user: User, spec: Obj) -> Obj:
         resource, path = spec.get("resourceAttributes"), spec.get("nonResourceAttributes")
         if (resource is None) == (path is None):
-            raise bad_request("exactly one of resourceAttributes and nonResourceAttributes must be specified")
+            why = "exactly one of nonResourceAttributes or resourceAttributes must be specified"
+            raise invalid_error(
+                "SubjectAccessReview", "authorization.k8s.io", "", [wrong("spec.resourceAttributes", resource, why)]
+            )
         if path is not None:
             asked = Attributes(path.get("verb", ""), path=path.get("path", ""))
         else:

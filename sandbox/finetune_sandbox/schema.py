@@ -33,7 +33,9 @@ def _prune(schema: Schema, value: Any, path: str, dropped: list[str], target: An
         extra = schema.get("additionalProperties")
         for key, child in list(value.items()):
             where = f"{path}.{key}" if path else key
-            if key in properties:
+            if child is None and key in properties and not properties[key].get("nullable"):
+                del (value if target is None else target)[key]  # a null is as good as absent
+            elif key in properties:
                 _prune(properties[key], child, where, dropped)
             elif isinstance(extra, Mapping):
                 _prune(extra, child, where, dropped)

@@ -28,6 +28,7 @@ from finetune_sandbox.errors import (
     invalid,
     method_not_allowed,
     not_implemented,
+    not_supported,
     path_not_found,
     required,
 )
@@ -274,7 +275,7 @@ def _pinned_name(query: Mapping[str, str]) -> str:
 
 def _call(query: Mapping[str, str]) -> Call:
     if query.get("dryRun", "All") != "All":
-        raise bad_request(f"dryRun: expected All, found {query['dryRun']!r}")
+        raise invalid("CreateOptions", "meta.k8s.io", "", [not_supported("dryRun", [query["dryRun"]], ("All",))])
     check = query.get("fieldValidation", "Warn")
     if check not in ("Ignore", "Warn", "Strict"):
         raise bad_request(f"fieldValidation: expected Ignore, Warn or Strict, found {check!r}")

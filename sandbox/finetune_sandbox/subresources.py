@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Any
 
 from aiohttp import web
 
@@ -22,6 +22,7 @@ from finetune_sandbox.errors import (
     wrong,
 )
 from finetune_sandbox.errors import invalid as invalid_error
+from finetune_sandbox.logs import LogSource
 from finetune_sandbox.registry import Call, DeleteOptions, Registry
 from finetune_sandbox.requests import Route
 from finetune_sandbox.resources import Resource
@@ -29,14 +30,6 @@ from finetune_sandbox.selectors import from_label_selector
 from finetune_sandbox.store import Entry, Filter, dump
 
 LOG_OPTIONS = {"container", "follow", "tailLines", "pretty", "insecureSkipTLSVerifyBackend"}
-
-
-class LogSource(Protocol):
-    """Where pod logs come from. The iterator ends when the log does, with `follow` when the container does."""
-
-    def stream(
-        self, namespace: str, pod: str, container: str, follow: bool, tail_lines: int | None
-    ) -> AsyncIterator[bytes]: ...
 
 
 class Subresources:
@@ -89,6 +82,8 @@ class Subresources:
 
     def _bind(self, resource: Resource, entry: Entry, body: Obj, call: Call) -> Obj:
         name, node = entry.key[1], (body.get("target") or {}).get("name")
+        if (body.get("metadata") or {}).get("name") != name:
+            raise bad_request("name in URL does not match name in Binding object")
         if not node:
             raise invalid_error("Binding", "", name, [required("target.name")])
         if "deletionTimestamp" in entry.obj["metadata"]:
@@ -144,9 +139,15 @@ class Subresources:
             raise bad_request(f"tailLines: expected a number, found {tail!r}")
         follow = query.get("follow", "") in ("true", "1")
         chunks = self.log_source.stream(route.namespace, route.name, container, follow, int(tail) if tail else None)
+        try:
+            first = await anext(chunks, b"")
+        except LookupError as error:
+            raise bad_request(str(error)) from None
         response = web.StreamResponse(headers={"Content-Type": "text/plain"})
         await response.prepare(request)
         try:
+            if first:
+                await response.write(first)
             async for chunk in chunks:
                 await response.write(chunk)
             await response.write_eof()
