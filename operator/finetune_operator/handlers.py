@@ -39,6 +39,7 @@ def registry(controller: Controller) -> kopf.OperatorRegistry:
             raise kopf.PermanentError(problem)
         return "none"
 
+    # Coroutines: kopf calls plain functions in threads, and the controller belongs to the event loop.
     @kopf.on.event(GROUP, VERSION, "finetunejobs", registry=handlers)
     def job(event: kopf.RawEvent, **_: Any) -> None:
         controller.on_job(event["type"], event["object"])
