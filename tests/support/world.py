@@ -1,6 +1,6 @@
-"""A cluster in memory for the operator's pure parts: objects, a clock, and what a kubelet would do, in words of the test.
+"""A cluster in memory for the operator's pure parts: objects, a clock, and what a kubelet would do, in words of tests.
 
-It keeps what was written and nothing else; behaviour that a real API server has and this one lacks is tested against one.
+It keeps what was written and nothing else; what a real API server does beyond that is tested against one.
 """
 
 import copy
