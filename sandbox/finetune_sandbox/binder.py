@@ -23,6 +23,7 @@ from finetune_sandbox.tasks import cancel, spawn
 
 log = logging.getLogger(__name__)
 
+Resources = Mapping[str, Fraction]
 SCHEDULER = "default-scheduler"
 _RETRY_SECONDS = 1.0
 
@@ -35,22 +36,29 @@ class Decision:
     message: str = ""
 
 
-def decide(pod: Mapping[str, Any], nodes: Sequence[Object], bound: Iterable[Mapping[str, Any]]) -> Decision:
-    """Where a pod goes: of the nodes with room, the one with the fewest pods. `bound`: the pods that hold resources."""
+def usage(bound: Iterable[Mapping[str, Any]]) -> dict[str, Resources]:
+    """What the pods of each node ask for, by node; one of `pods` for each."""
+    used: dict[str, Resources] = {}
+    for pod in bound:
+        node = pod["spec"]["nodeName"]
+        used[node] = add([used.get(node, {}), pod_requests(pod)])
+    return used
+
+
+def decide(pod: Mapping[str, Any], nodes: Sequence[Object], used: Mapping[str, Resources]) -> Decision:
+    """Where a pod goes: of the nodes with room, the one with the fewest pods. `used` is the nodes' usage."""
     unsupported = _unsupported(pod["spec"])
     if unsupported:
         return Decision(None, f"0/{len(nodes)} nodes are available: {unsupported} is not supported by this scheduler.")
-    by_node: dict[str, list[Mapping[str, Any]]] = {node["metadata"]["name"]: [] for node in nodes}
-    for other in bound:
-        by_node.setdefault(other["spec"].get("nodeName", ""), []).append(other)
-    fitting: list[tuple[int, str]] = []
+    fitting: list[tuple[Fraction, str]] = []
     problems: Counter[str] = Counter()
     for node in nodes:
-        others = by_node[node["metadata"]["name"]]
-        found = misfits(pod, node, others)
+        name = node["metadata"]["name"]
+        taken = used.get(name, {})
+        found = misfits(pod, node, taken)
         problems.update(found)
         if not found:
-            fitting.append((len(others), node["metadata"]["name"]))
+            fitting.append((taken.get("pods", Fraction(0)), name))
     if fitting:
         return Decision(min(fitting)[1])
     told = ", ".join(sorted(f"{count} {problem}" for problem, count in problems.items())) or "no nodes registered"
@@ -69,7 +77,7 @@ def _unsupported(spec: Mapping[str, Any]) -> str:
     return "topologySpreadConstraints" if any(rule["whenUnsatisfiable"] == "DoNotSchedule" for rule in spread) else ""
 
 
-def misfits(pod: Mapping[str, Any], node: Object, others: Sequence[Mapping[str, Any]]) -> list[str]:
+def misfits(pod: Mapping[str, Any], node: Object, used: Resources) -> list[str]:
     """Why a pod cannot go to a node, in the scheduler's words; empty where it can."""
     spec = node.get("spec") or {}
     status = node.get("status") or {}
@@ -83,7 +91,6 @@ def misfits(pod: Mapping[str, Any], node: Object, others: Sequence[Mapping[str, 
     labels = node["metadata"].get("labels") or {}
     if any(labels.get(key) != value for key, value in (pod["spec"].get("nodeSelector") or {}).items()):
         return ["node(s) didn't match Pod's node affinity/selector"]
-    used = add(pod_requests(other) for other in others)
     room = {name: parse(value) for name, value in (status.get("allocatable") or {}).items()}
     short = [
         name
@@ -169,17 +176,18 @@ class Binder:
             await self._wake.wait()
             self._wake.clear()
             waiting = [pod for pod in self._pods.values() if wants_binding(pod)]
+            used = usage(pod for pod in self._pods.values() if holds_resources(pod)) if waiting else {}
             for pod in sorted(waiting, key=lambda pod: str(pod["metadata"].get("creationTimestamp"))):
                 try:
-                    await self._schedule(pod)
+                    await self._schedule(pod, used)
                 except (ApiError, aiohttp.ClientError, TimeoutError, OSError) as error:
                     log.warning("pod %s was not bound: %s", pod["metadata"]["name"], error)
                     asyncio.get_running_loop().call_later(_RETRY_SECONDS, self._wake.set)
 
-    async def _schedule(self, pod: Object) -> None:
+    async def _schedule(self, pod: Object, used: dict[str, Resources]) -> None:
+        """Binds a pod where it fits, and adds it to what is used."""
         metadata = pod["metadata"]
-        bound = [other for other in self._pods.values() if holds_resources(other)]
-        decision = decide(pod, list(self._nodes.values()), bound)
+        decision = decide(pod, list(self._nodes.values()), used)
         if decision.node is None:
             await self._report(pod, decision.message)
             return
@@ -195,6 +203,7 @@ class Binder:
             if error.status not in (404, 409):
                 raise
             return  # gone, or bound by another; its event is on the way
+        used[decision.node] = add([used.get(decision.node, {}), pod_requests(pod)])
         self._keep(pod | {"spec": pod["spec"] | {"nodeName": decision.node}})
 
     async def _report(self, pod: Object, message: str) -> None:

@@ -9,7 +9,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune_sandbox.process import left_behind
+
 log = logging.getLogger(__name__)
+
+PREFIX = "finetune-"
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class MemoryGroups:
     """Makes and removes groups. `reason` says why limits are not enforced; empty where they are."""
 
     def __init__(self, name: str) -> None:
-        self._prefix = f"finetune-{os.getpid()}-{name}"
+        self._prefix = f"{PREFIX}{os.getpid()}-{name}"
         self._layout: Layout | None = None
         self.reason = ""
         try:
@@ -66,6 +70,8 @@ class MemoryGroups:
             probe = self._make(layout, f"{self._prefix}-probe", 64 * 2**20)
             probe.rmdir()
             self._layout = layout
+            for group in left_behind(layout.parent, PREFIX):
+                self.remove(group)
         except OSError as error:
             self.reason = str(error)
 

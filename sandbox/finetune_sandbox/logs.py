@@ -23,7 +23,7 @@ class LogSource(Protocol):
     def stream(
         self, namespace: str, pod: str, container: str, follow: bool, tail_lines: int | None
     ) -> AsyncIterator[bytes]:
-        """Raises LookupError where the node runs no such container."""
+        """The first chunk, at once, is empty; a LookupError in its place: no such container, or it has not started."""
         ...
 
 
@@ -43,9 +43,10 @@ def tail_offset(path: Path, lines: int | None) -> int:
 
 
 async def follow_file(path: Path, offset: int, running: Callable[[], bool]) -> AsyncIterator[bytes]:
-    """The file from `offset`, and what is appended while `running()`."""
+    """The file from `offset`, and what is appended while `running()`. The first chunk, at once, is empty."""
     with path.open("rb") as file:
         file.seek(offset)
+        yield b""
         while True:
             alive = running()  # asked before reading: what was written before the end is still read
             while chunk := file.read(_CHUNK):
@@ -74,15 +75,18 @@ class NodeLogs:
         query = {"follow": str(follow).lower()} | ({} if tail_lines is None else {"tailLines": str(tail_lines)})
         url = f"https://{address}:{port}/containerLogs/{namespace}/{pod}/{container}"
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=5)
-        # ssl=False as kube-apiserver does without --kubelet-certificate-authority: it is this machine's loopback.
-        async with (
-            aiohttp.ClientSession(timeout=timeout) as session,
-            session.get(url, params=query, ssl=False) as response,
-        ):
-            if response.status != 200:
-                raise LookupError(await response.text())
-            async for chunk in response.content.iter_any():
-                yield chunk
+        async with aiohttp.ClientSession(timeout=timeout) as session:
+            try:
+                # ssl=False as kube-apiserver does without --kubelet-certificate-authority: it is loopback.
+                response = await session.get(url, params=query, ssl=False)
+            except aiohttp.ClientError as error:
+                raise LookupError(f"node {found['spec']['nodeName']} does not answer: {error}") from error
+            async with response:
+                if response.status != 200:
+                    raise LookupError(await response.text())
+                yield b""
+                async for chunk in response.content.iter_any():
+                    yield chunk
 
 
 class LogServer:
@@ -121,9 +125,10 @@ class LogServer:
         try:
             first = await anext(stream, b"")
         except LookupError as error:
-            return web.Response(status=404, text=str(error))
+            return web.Response(status=400, text=str(error))
         await response.prepare(request)
-        await response.write(first)
+        if first:
+            await response.write(first)
         async for chunk in stream:
             await response.write(chunk)
         return response

@@ -20,7 +20,7 @@ from typing import Any
 import aiohttp
 
 from finetune_sandbox.binder import Binder
-from finetune_sandbox.cgroup import MemoryGroups
+from finetune_sandbox.cgroup import PREFIX, MemoryGroups
 from finetune_sandbox.client import (
     LEASES,
     NAMESPACES,
@@ -40,11 +40,14 @@ from finetune_sandbox.host import Host, now
 from finetune_sandbox.logs import LogServer, follow_file, tail_offset
 from finetune_sandbox.pod import PodWorker
 from finetune_sandbox.podstatus import TERMINAL
+from finetune_sandbox.process import left_behind
 from finetune_sandbox.tasks import cancel, spawn, until_signal
 
 log = logging.getLogger(__name__)
 
 ADDRESS = "127.0.0.1"
+SHARED_MEMORY = Path("/dev/shm")
+"""Where an emptyDir of medium Memory lies, if we may write there."""
 LEASE_NAMESPACE = "kube-node-lease"
 _LEASE_SECONDS = 40
 _HEARTBEAT_SECONDS = 10.0
@@ -99,7 +102,11 @@ class Node:
         """Registers the node and returns once it has seen its pods. Raises ApiError or aiohttp.ClientError."""
         self._host = await self._make_host()
         await self._server.start()
-        await self._register()
+        try:
+            await self._register()
+        except BaseException:
+            await self._server.stop()
+            raise
         self._tasks = [
             spawn(self._heartbeats(), f"heartbeats of node {self.name}"),
             spawn(self._watch(), f"pod watch of node {self.name}"),
@@ -109,10 +116,9 @@ class Node:
     async def _make_host(self) -> Host:
         system = await self._client.get(NAMESPACES, None, "kube-system")
         self.directory.mkdir(parents=True, exist_ok=True)
-        identity = f"{system['metadata']['uid']}-{self.name}"
-        shared = Path("/dev/shm")
-        memory = (shared if os.access(shared, os.W_OK) else self.directory) / f"finetune-{identity}"
-        for left_over in (self.directory / "pods", memory):  # of a node that was killed
+        shared = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else self.directory
+        memory = shared / f"{PREFIX}{os.getpid()}-{self.name}"
+        for left_over in (self.directory / "pods", *left_behind(shared, PREFIX)):
             await asyncio.to_thread(shutil.rmtree, left_over, ignore_errors=True)
         groups = MemoryGroups(self.name)
         if groups.reason:

@@ -103,3 +103,12 @@ def interpreter_environment() -> dict[str, str]:
     if "LD_LIBRARY_PATH" in os.environ:
         env["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
     return env
+
+
+def left_behind(folder: Path, prefix: str) -> list[Path]:
+    """What lies in `folder` as `<prefix><process id>-…` and whose process is gone: one that was killed left it."""
+    return [
+        path
+        for path in folder.glob(f"{prefix}*")
+        if (pid := path.name.removeprefix(prefix).split("-")[0]).isdigit() and not Path(f"/proc/{pid}").exists()
+    ]

@@ -244,16 +244,15 @@ async def test_termination_message_and_exit_code(lab: Lab) -> None:
     assert (state["exitCode"], state["reason"], state["message"]) == (42, "Error", "said")
     assert await lab.output() == "out\nerr\n"
     assert await lab.output(tail_lines=1) == "err\n"
-    path = f"/api/v1/namespaces/{lab.namespace}/pods/p/log"
-    assert (await lab.client.request("GET", path, params={"tailLines": "1"}))["message"] == "err\n"
 
 
 async def test_logs_are_followed_until_the_container_ends(lab: Lab) -> None:
     gate = lab.node.directory / "gate"
     await lab.run(f"echo one; until test -e {gate}; do sleep 0.05; done; echo two")
     await lab.until("running pod", lambda pod: pod["status"]["phase"] == "Running")
+    await eventually(lab.output, "the first line")
     stream = lab.node.stream(lab.namespace, "p", "main", follow=True)
-    assert await anext(stream) == b"one\n"
+    assert [await anext(stream), await anext(stream)] == [b"", b"one\n"]
     gate.touch()
     assert [chunk async for chunk in stream] == [b"two\n"]
 

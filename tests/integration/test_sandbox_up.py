@@ -1,5 +1,6 @@
 """The whole sandbox: in the background, with S3, and its end."""
 
+import asyncio
 import json
 import os
 import signal
@@ -11,9 +12,9 @@ from pathlib import Path
 import pytest
 from botocore.exceptions import ClientError
 
-from finetune_sandbox.client import PODS, Client
+from finetune_sandbox.client import PODS, ApiError, Client
 from finetune_sandbox.s3 import S3
-from finetune_sandbox.up import SandboxError, running, serve, start_background, stop_background
+from finetune_sandbox.up import Sandbox, SandboxError, running, serve, start_background, stop_background
 from support.waiting import eventually
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
@@ -103,6 +104,37 @@ def test_a_sandbox_that_cannot_start_says_why(folder: Path, monkeypatch: pytest.
     with pytest.raises(SandboxError, match="did not start") as caught:
         start_background(folder)
     assert "has no executable" in str(caught.value)
+
+
+async def test_logs_through_the_api_server(sandbox: Sandbox, tmp_path: Path) -> None:
+    assert sandbox.node is not None
+    script = f"echo one; echo two; until test -e {tmp_path}/gate; do sleep 0.05; done; echo three"
+    good = {"name": "main", "image": "x", "command": ["sh", "-c", script]}
+    spec = {"restartPolicy": "Never", "automountServiceAccountToken": False, "terminationGracePeriodSeconds": 0}
+    waiting = {"name": "main", "image": "x"}
+    async with await Client.from_kubeconfig(sandbox.kubeconfig) as client:
+        for name, container in (("good", good), ("waiting", waiting)):
+            pod = {"metadata": {"name": f"logs-{name}"}, "spec": spec | {"containers": [container]}}
+            await client.create(PODS, "default", pod)
+
+        async def log(name: str, **params: str) -> str:
+            path = f"/api/v1/namespaces/default/pods/logs-{name}/log"
+            try:
+                return str((await client.request("GET", path, params=params)).get("message", ""))
+            except ApiError as error:
+                if error.status != 400:
+                    raise
+                return f"{error.reason}: {error.message}"
+
+        await eventually(lambda: log("good"), "output", until=lambda text: text == "one\ntwo\n")
+        assert await log("good", tailLines="1") == "two\n"
+        follower = asyncio.create_task(log("good", follow="true"))
+        (tmp_path / "gate").touch()
+        assert await follower == "one\ntwo\nthree\n"
+        refused = await eventually(lambda: log("waiting"), "refusal", until=lambda text: "waiting to start" in text)
+        assert refused.startswith("BadRequest")
+        for name in ("good", "waiting"):
+            await client.delete(PODS, "default", f"logs-{name}")
 
 
 async def test_s3_lets_each_user_do_what_is_his(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from finetune_sandbox.binder import decide, wants_binding
+from finetune_sandbox.binder import decide, usage, wants_binding
 from finetune_sandbox.cgroup import parse_own
 from finetune_sandbox.devices import Devices, DevicesTaken
 from finetune_sandbox.quantity import parse, pod_requests
@@ -86,7 +86,7 @@ TAINT = {"key": "gpu", "value": "yes", "effect": "NoSchedule"}
     ],
 )
 def test_fit(pod: Obj, node: Obj, problem: str) -> None:
-    decision = decide(pod, [node], [])
+    decision = decide(pod, [node], {})
     if problem:
         assert decision.node is None
         assert decision.message.startswith(f"0/1 nodes are available: {problem}")
@@ -97,15 +97,15 @@ def test_fit(pod: Obj, node: Obj, problem: str) -> None:
 def test_bound_pods_take_room_and_the_emptier_node_is_chosen() -> None:
     nodes = [make_node("n1"), make_node("n2")]
     bound = [make_pod("n1", {GPU: 1})]
-    assert decide(make_pod(requests={GPU: 1}), nodes, bound).node == "n2"
+    assert decide(make_pod(requests={GPU: 1}), nodes, usage(bound)).node == "n2"
     bound = [make_pod("n1", {GPU: 1}), make_pod("n2", {GPU: 2})]
-    assert decide(make_pod(requests={GPU: 2}), nodes, bound).message.startswith(
+    assert decide(make_pod(requests={GPU: 2}), nodes, usage(bound)).message.startswith(
         "0/2 nodes are available: 2 Insufficient nvidia.com/gpu."
     )
 
 
 def test_no_node_at_all() -> None:
-    assert decide(make_pod(), [], []).message == "0/0 nodes are available: no nodes registered."
+    assert decide(make_pod(), [], {}).message == "0/0 nodes are available: no nodes registered."
 
 
 @pytest.mark.parametrize(
