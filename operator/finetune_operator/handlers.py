@@ -41,15 +41,15 @@ def registry(controller: Controller) -> kopf.OperatorRegistry:
 
     # Coroutines: kopf calls plain functions in threads, and the controller belongs to the event loop.
     @kopf.on.event(GROUP, VERSION, "finetunejobs", registry=handlers)
-    def job(event: kopf.RawEvent, **_: Any) -> None:
+    async def job(event: kopf.RawEvent, **_: Any) -> None:
         controller.on_job(event["type"], event["object"])
 
     @kopf.on.event("batch", "v1", "jobs", registry=handlers)
-    def child(event: kopf.RawEvent, **_: Any) -> None:
+    async def child(event: kopf.RawEvent, **_: Any) -> None:
         controller.on_child(event["object"])
 
     @kopf.on.event("v1", "pods", registry=handlers)
-    def pod(event: kopf.RawEvent, **_: Any) -> None:
+    async def pod(event: kopf.RawEvent, **_: Any) -> None:
         controller.on_child(event["object"])
 
     return handlers
