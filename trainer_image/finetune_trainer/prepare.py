@@ -13,7 +13,7 @@ import signal
 from types import FrameType
 from typing import Any
 
-from finetune_api.failures import FineTuneError, Reason, TerminationMessage
+from finetune_api.failures import EXIT_CODES, FineTuneError, Reason, TerminationMessage
 from finetune_api.run import PreparedData, PreparedSummary, RunConfig, Shard, Split
 from finetune_trainer import log
 from finetune_trainer.data.basemodel import BaseModel, digest, inspect
@@ -22,7 +22,7 @@ from finetune_trainer.data.report import DatasetReport
 from finetune_trainer.data.sources import Source, sources
 from finetune_trainer.probe import probe
 from finetune_trainer.storage import Store, join
-from finetune_trainer.termination import run
+from finetune_trainer.termination import run, write_termination
 from finetune_trainer.workdir import WorkDir
 
 
@@ -34,7 +34,14 @@ def main() -> int:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    raise FineTuneError(Reason.PREEMPTED, "the pod was asked to end while it prepared the data")
+    """Ends the process there and then: the HTTP client would take an exception for a failed request and retry it.
+
+    What is lost is an index that was not written yet; at worst a probe's few bytes stay behind.
+    """
+    code = EXIT_CODES[Reason.PREEMPTED]
+    text = "the pod was asked to end while it prepared the data"
+    write_termination(TerminationMessage(reason=Reason.PREEMPTED, message=text, exit_code=code))
+    os._exit(code)
 
 
 def prepare(config: RunConfig) -> TerminationMessage:
