@@ -33,7 +33,7 @@ def registry(controller: Controller) -> kopf.OperatorRegistry:
         return kopf.login_with_service_account(**kwargs) if in_cluster() else kopf.login_with_kubeconfig(**kwargs)
 
     @kopf.on.probe(registry=handlers, id="problem")
-    def probe(**_: Any) -> str:
+    async def probe(**_: Any) -> str:
         # PermanentError answers 500; after any other exception the probe would be tried again and hang.
         if problem := controller.problem():
             raise kopf.PermanentError(problem)
