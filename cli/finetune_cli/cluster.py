@@ -5,7 +5,7 @@ The connection itself (kubeconfig, certificates, tokens, watches that survive) i
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +91,7 @@ class Cluster(Client):
     async def job(self, name: str) -> Object:
         return await self.get(JOBS, self.namespace, name)
 
-    async def text_lines(self, path: str, params: dict[str, str]) -> AsyncIterator[bytes]:
+    async def text_lines(self, path: str, params: dict[str, str]) -> AsyncGenerator[bytes, None]:
         """The lines of a streamed text, such as a log. Raises ApiError."""
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)
         headers = await self._headers()

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, aclosing, nullcontext
 from datetime import datetime
 from types import TracebackType
 from typing import Self
@@ -23,14 +23,15 @@ async def until(
     show(jobview.snapshot(job))
     if done(job):
         return job
-    async for change in cluster.changes(JOBS, cluster.namespace, fields=f"metadata.name={name}"):
-        if change.type == "SYNCED":
-            continue
-        if change.type == "DELETED" or change.object["metadata"]["uid"] != uid:
-            raise CliError(f"the job {name} was deleted")
-        show(jobview.snapshot(change.object))
-        if done(change.object):
-            return change.object
+    async with aclosing(cluster.changes(JOBS, cluster.namespace, fields=f"metadata.name={name}")) as changes:
+        async for change in changes:
+            if change.type == "SYNCED":
+                continue
+            if change.type == "DELETED" or change.object["metadata"]["uid"] != uid:
+                raise CliError(f"the job {name} was deleted")
+            show(jobview.snapshot(change.object))
+            if done(change.object):
+                return change.object
     raise CliError(f"the watch of {name} ended")
 
 

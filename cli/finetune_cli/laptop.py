@@ -6,9 +6,12 @@ The command line does not import the operator: it starts `python -m finetune_ope
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +79,7 @@ async def provision(cluster: Cluster, info: SandboxInfo) -> None:
     for definition in crd.crds():
         await cluster.apply(CRDS, definition)
     for definition in crd.crds():
-        await _established(cluster, definition["metadata"]["name"])
+        await established(cluster, definition["metadata"]["name"])
     await cluster.apply(PROFILES, profile(info))
     try:
         await cluster.get(SECRETS, NAMESPACE, SECRET)
@@ -88,11 +91,13 @@ async def provision(cluster: Cluster, info: SandboxInfo) -> None:
         await cluster.apply(SECRETS, secret(admin.create_user("tenant", [BUCKET])))
 
 
-async def _established(cluster: Cluster, name: str) -> None:
-    async for change in cluster.changes(CRDS, fields=f"metadata.name={name}"):
-        conditions = (change.object.get("status") or {}).get("conditions") or ()
-        if any(c["type"] == "Established" and c["status"] == "True" for c in conditions):
-            return
+async def established(cluster: Cluster, name: str) -> None:
+    """Waits until the server serves a CRD."""
+    async with aclosing(cluster.changes(CRDS, fields=f"metadata.name={name}")) as changes:
+        async for change in changes:
+            conditions = (change.object.get("status") or {}).get("conditions") or ()
+            if any(c["type"] == "Established" and c["status"] == "True" for c in conditions):
+                return
 
 
 def profile(info: SandboxInfo) -> Object:
@@ -106,6 +111,8 @@ def profile(info: SandboxInfo) -> Object:
             "prepare": {"cpu": "500m", "memory": "2Gi"},
             "terminationGracePeriodSeconds": 30,
             "storage": {"endpoint": info.s3_endpoint, "region": info.s3_region, "addressingStyle": "path"},
+            # Pods share this machine's cores, and none knows of the others: more threads would wait for each other.
+            "environment": [{"name": "OMP_NUM_THREADS", "value": "1"}],
             "networkPolicy": False,
         },
     }
@@ -142,17 +149,32 @@ class Operator:
         return self.directory / "operator.json"
 
     def start(self, info: SandboxInfo) -> None:
-        """Starts it and waits until it says that it is ready. Raises CliError with the end of its log."""
+        """Starts it and waits until its liveness server says that it is ready. Raises CliError with its last words."""
+        port = _free_port()
+        settings = {
+            "FINETUNE_OPERATOR_LIVENESS_PORT": str(port),
+            "FINETUNE_OPERATOR_TLS_FOLDER": str(self.directory / "tls"),
+            "FINETUNE_OPERATOR_LOG_FORMAT": "plain",
+        }
+        outside = {k: v for k, v in os.environ.items() if not k.startswith(("FINETUNE_OPERATOR_", "KUBERNETES_"))}
         with self.log.open("wb") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", "finetune_operator"],
-                env=os.environ | {"KUBECONFIG": info.kubeconfig},
+                env=outside | settings | {"KUBECONFIG": info.kubeconfig},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
         self._record.write_text(json.dumps({"pid": process.pid, "started": _started(process.pid)}))
+        deadline = time.monotonic() + READY_SECONDS
+        while not _healthy(port):
+            if process.poll() is not None or time.monotonic() > deadline:
+                process.kill()
+                process.wait()
+                words = "\n".join(self.log.read_text(errors="replace").splitlines()[-10:])
+                raise CliError(f"the operator did not start; the end of {self.log}:\n{words}")
+            time.sleep(0.05)
         process.returncode = 0  # it is to outlive us: not a child that was forgotten
 
     def running(self) -> bool:
@@ -196,3 +218,17 @@ def _started(pid: int) -> str | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     return None if fields[0] in ("Z", "X") else fields[19]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _healthy(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=2) as answer:
+            return bool(answer.status == 200)
+    except OSError:  # not there yet, or it says 500
+        return False

@@ -170,7 +170,8 @@ def parse_path(text: str) -> Path:
 
 def plain(cause: Mapping[str, str]) -> str:
     """The words of one `details.causes` entry without the field, which stands before them already."""
-    message = re.sub(r'^Invalid value: (?:"(?:[^"\\]|\\.)*"|[^:]*): ', "", cause.get("message", ""))
+    value = r'"(?:[^"\\]|\\.)*"|-?[0-9.e+]+|true|false|null|\{.*?\}|\[.*?\]'
+    message = re.sub(rf"^Invalid value: (?:(?:{value}): )?", "", cause.get("message", ""))
     return message.removeprefix(f"{cause.get('field')} in body ")
 
 

@@ -52,9 +52,12 @@ class Document:
     def locate(self, path: Path, *, key: bool = False) -> Position:
         """Where `path` stands (its key with `key`), else its nearest ancestor that is in the file."""
         while path:
-            position = (self.keys if key else self.values).get(path)
-            if position:
-                return position
+            at, value = self.keys.get(path), self.values.get(path)
+            # A block that begins below its key is better found at the key.
+            if at and (key or not value or value.line > at.line):
+                return at
+            if value:
+                return value
             path, key = path[:-1], True
         return self.start
 

@@ -10,7 +10,8 @@ import asyncio
 import json
 import logging
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -220,7 +221,7 @@ class Client:
 
     async def changes(
         self, resource: Resource, namespace: str | None = None, *, labels: str = "", fields: str = ""
-    ) -> AsyncIterator[Change]:
+    ) -> AsyncGenerator[Change, None]:
         """Lists, then watches, for ever: every object as it is and as it changes.
 
         After a 410 or a broken connection it lists again, and what is gone since is reported as DELETED with its last
@@ -240,12 +241,13 @@ class Client:
                     known[key] = item
                 yield Change("SYNCED", {})
                 delay = 0.0
-                async for change in self._watch(resource, namespace, version, labels, fields):
-                    if change.type == "DELETED":
-                        known.pop(_uid_key(change.object), None)
-                    else:
-                        known[_uid_key(change.object)] = change.object
-                    yield change
+                async with aclosing(self._watch(resource, namespace, version, labels, fields)) as events:
+                    async for change in events:
+                        if change.type == "DELETED":
+                            known.pop(_uid_key(change.object), None)
+                        else:
+                            known[_uid_key(change.object)] = change.object
+                        yield change
             except Expired:
                 log.info("watch of %s: resourceVersion expired, listing again", resource.plural)
             except (ApiError, aiohttp.ClientError, TimeoutError, OSError) as error:
@@ -257,7 +259,7 @@ class Client:
 
     async def _watch(
         self, resource: Resource, namespace: str | None, version: str, labels: str, fields: str
-    ) -> AsyncIterator[Change]:
+    ) -> AsyncGenerator[Change, None]:
         """Watches from `version`, reconnecting from the last version seen, until the server says 410."""
         while True:
             params = _selectors(labels, fields) | {

@@ -1,6 +1,7 @@
 """`finetune logs`."""
 
 import asyncio
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -70,9 +71,10 @@ async def _first_pods(cluster: "Cluster", job: str, attempt: str, worker: int | 
     """The pods of an attempt that is about to start: all that are there once the first one is."""
     from finetune_sandbox.client import PODS
 
-    async for change in cluster.changes(PODS, cluster.namespace, labels=_selector(job, attempt, worker)):
-        if change.type in ("ADDED", "MODIFIED") and _started(change.object):
-            break
+    async with aclosing(cluster.changes(PODS, cluster.namespace, labels=_selector(job, attempt, worker))) as changes:
+        async for change in changes:
+            if change.type in ("ADDED", "MODIFIED") and _started(change.object):
+                break
     return await _pods(cluster, job, attempt, worker)
 
 
@@ -93,13 +95,15 @@ async def _print(cluster: "Cluster", pod: Any, several: bool, follow: bool, tail
         if not follow:
             click.echo(f"{prefix}{name} has not started yet", err=True)
             return
-        async for change in cluster.changes(PODS, cluster.namespace, fields=f"metadata.name={name}"):
-            if change.type == "DELETED":
-                return
-            if change.type != "SYNCED" and _started(change.object):
-                break
+        async with aclosing(cluster.changes(PODS, cluster.namespace, fields=f"metadata.name={name}")) as changes:
+            async for change in changes:
+                if change.type == "DELETED":
+                    return
+                if change.type != "SYNCED" and _started(change.object):
+                    break
     params = {"follow": "true"} if follow else {}
     if tail is not None:
         params["tailLines"] = str(tail)
-    async for line in cluster.text_lines(PODS.path(cluster.namespace, name, "log"), params):
-        click.echo(prefix + line.decode(errors="replace"))
+    async with aclosing(cluster.text_lines(PODS.path(cluster.namespace, name, "log"), params)) as lines:
+        async for line in lines:
+            click.echo(prefix + line.decode(errors="replace"))
