@@ -1,0 +1,208 @@
+"""The operator as a process, before an API server with its Job controller and garbage collector; the test is the kubelet."""
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import aiohttp
+import pytest
+
+from finetune_api.failures import Reason, TerminationMessage
+from support.api import Api, Object
+from support.operating import GROUP, Operator, Proxy, Scene
+from support.reporting import install_crds
+from support.waiting import eventually
+from support.world import PREPARED, RESULT, make_profile
+
+if TYPE_CHECKING:
+    from finetune_sandbox.up import Sandbox
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+async def scene(cluster: "Sandbox", api: Api, namespace: str, tmp_path: Path) -> AsyncIterator[Scene]:
+    """No operator runs yet."""
+    await install_crds(api)
+    profile = make_profile(f"profile-{secrets.token_hex(4)}", default=False)
+    del profile["metadata"]["resourceVersion"]
+    (await api.create(f"{GROUP}/finetuneprofiles", profile)).must(201)
+    async with Proxy.running(cluster.kubeconfig) as proxy:
+        operator = Operator(tmp_path, proxy, namespace)
+        yield Scene(api, namespace, profile["metadata"]["name"], operator, proxy)
+        if operator.process:
+            await operator.stop()
+    await api.delete(f"{GROUP}/finetuneprofiles/{profile['metadata']['name']}")
+
+
+@pytest.fixture
+async def live(scene: Scene) -> Scene:
+    """With an operator."""
+    await scene.operator.start()
+    return scene
+
+
+async def quiet(scene: Scene, seconds: float = 2.0) -> None:
+    """Fails where anything is written meanwhile. The span is the measurement here, not a wait for something."""
+    before = list(scene.proxy.writes)
+    await asyncio.sleep(seconds)
+    assert scene.proxy.writes == before
+
+
+async def test_from_the_manifest_to_the_result(live: Scene) -> None:
+    await live.submit(distribution={"workers": 2})
+    await live.reaches("Preparing")
+    await live.run("j-prepare")
+    await live.end("j-prepare", message=TerminationMessage(prepared=PREPARED))
+    status = await live.reaches("Starting")
+    written = len(live.proxy.writes)
+    assert written <= 8, live.proxy.writes
+    assert status["data"]["trainExamples"] == 1000
+    assert status["sizing"]["strategy"] == "DDP"
+    [attempt] = status["attempts"]
+    gang = (await live.api.get(live.path("jobs", "j-0"))).must(200)
+    assert attempt["uid"] == gang["metadata"]["uid"]
+    await live.run("j-0", 2)
+    await live.reaches("Running")
+    await quiet(live)
+    await live.completed("j-0", 2)
+    status = await live.reaches("Complete")
+    assert status["result"]["uri"] == RESULT.uri
+    conditions = {c["type"]: c["status"] for c in status["conditions"]}
+    assert conditions["Complete"] == "True"
+    assert conditions["Reconciling"] == conditions["Failed"] == "False"
+    await quiet(live)
+    job = (await live.api.get(live.job_path())).must(200)
+    assert "finalizers" not in job["metadata"]
+    assert "annotations" not in job["metadata"]
+    events = await live.api.items(live.path("events", api="/api/v1"), fieldSelector="involvedObject.kind=FineTuneJob")
+    reasons = {event["reason"] for event in events}
+    assert {"Accepted", "Preparing", "Prepared", "AttemptStarted", "Running", "Complete"} <= reasons
+
+
+async def test_what_is_not_built_yet_fails_with_its_field_and_no_pod(live: Scene) -> None:
+    await live.submit(method={"type": "DPO"})
+    status = await live.reaches("Failed")
+    assert status["message"] == "spec.method.type: found 'DPO'; this version supports SFT only"
+    assert await live.jobs() == []
+    assert len(live.proxy.writes) == 1
+
+
+async def test_a_job_waits_for_its_profile(live: Scene) -> None:
+    await live.submit(profile="nobody-made-it")
+    status = await live.reaches("Pending")
+    assert "FineTuneProfile 'nobody-made-it' does not exist" in status["message"]
+    await quiet(live)
+
+
+@pytest.mark.slow
+async def test_attempts_end_at_the_maximum(live: Scene) -> None:
+    await live.submit(runPolicy={"maxAttempts": 2}, distribution={"workers": 2})
+    await live.prepared()
+    for number in range(2):
+        await live.reaches("Starting", timeout=40)
+        await live.run(f"j-{number}", 2)
+        await live.reaches("Running")
+        told = TerminationMessage(reason=Reason.HUNG, message="no step in 300 s", rank=1)
+        await live.end(f"j-{number}", index=1, workers=2, message=told, code=75)
+        if number == 0:
+            status = await live.reaches("Retrying")
+            assert "no step in 300 s" in status["message"]
+    status = await live.reaches("Failed")
+    failed = next(c for c in status["conditions"] if c["type"] == "Failed")
+    assert failed["reason"] == "MaxAttemptsReached"
+    assert [(a["outcome"], a["reason"], a["rank"], a["exitCode"]) for a in status["attempts"]] == [
+        ("Retryable", "Hung", 1, 75)
+    ] * 2
+    assert await live.jobs() == ["j-0", "j-1", "j-prepare"]
+
+
+async def test_suspend_and_resume(live: Scene) -> None:
+    await live.submit()
+    await live.prepared()
+    await live.run("j-0")
+    await live.reaches("Running")
+    await live.policy(suspend=True)
+    status = await live.reaches("Suspended")
+    assert status["attempts"][0]["outcome"] == "Preempted"
+    await eventually(live.jobs, "the gang to go", until=lambda jobs: jobs == ["j-prepare"])
+    await live.policy(suspend=False)
+    await eventually(live.jobs, "the next attempt", until=lambda jobs: jobs == ["j-1", "j-prepare"], timeout=40)
+    await live.run("j-1")
+    await live.reaches("Running")
+
+
+async def test_deadline_and_ttl(live: Scene) -> None:
+    await live.submit(runPolicy={"activeDeadlineSeconds": 2, "ttlSecondsAfterFinished": 2})
+    await live.prepared()
+    await live.run("j-0")
+    status = await live.reaches("Failed")
+    failed = next(c for c in status["conditions"] if c["type"] == "Failed")
+    assert failed["reason"] == "DeadlineExceeded"
+    await eventually(lambda: live.api.get(live.job_path()), "the job to go", until=lambda answer: answer.status == 404)
+
+
+async def test_deletion_takes_the_children_along_even_while_the_operator_is_away(live: Scene) -> None:
+    await live.submit()
+    await live.prepared()
+    await live.reaches("Starting")
+    assert await live.operator.stop() == 0
+    (await live.api.delete(live.job_path(), {"propagationPolicy": "Background"})).must(200)
+
+    async def left() -> list[Object]:
+        selector = "finetune.dev/job-name=j"
+        found = await live.api.items(live.path("jobs"), labelSelector=selector)
+        for kind in ("services", "configmaps", "pods"):
+            found += await live.api.items(live.path(kind, api="/api/v1"), labelSelector=selector)
+        return found
+
+    await eventually(left, "no children", until=lambda found: not found, timeout=40)
+
+
+async def test_the_probe_tells_the_truth(scene: Scene, unused_tcp_port: int) -> None:
+    await scene.operator.start(LIVENESS_PORT=str(unused_tcp_port), STALE_SECONDS="1", RESYNC_SECONDS="3600")
+    async with aiohttp.ClientSession() as session:
+
+        async def health() -> int:
+            try:
+                async with session.get(f"http://127.0.0.1:{unused_tcp_port}/healthz") as response:
+                    return response.status
+            except aiohttp.ClientError:
+                return 0
+
+        # Good after its first LIST; then nothing happens for longer than it may.
+        await eventually(health, "a good answer", until=lambda code: code == 200, timeout=20)
+        await eventually(health, "a bad answer", until=lambda code: code == 500, timeout=20)
+
+
+@pytest.mark.parametrize("write", range(1, 9))
+async def test_killed_after_any_of_its_writes(scene: Scene, write: int) -> None:
+    """Seven lead to the gang, the eighth to the end."""
+    scene.proxy.kill_after = write
+    await scene.operator.start()
+    await scene.submit()
+
+    async def alive() -> None:
+        """Starts it again where it was killed, as a Deployment would."""
+        while True:
+            assert scene.operator.process
+            await scene.operator.process.wait()
+            await scene.operator.start()
+
+    restarts = asyncio.create_task(alive())
+    try:
+        await scene.prepared()
+        await scene.reaches("Starting")
+        await scene.completed("j-0")
+        status = await scene.reaches("Complete")
+    finally:
+        restarts.cancel()
+        await asyncio.gather(restarts, return_exceptions=True)
+    assert len(scene.proxy.writes) >= write
+    assert [(a["number"], a["outcome"]) for a in status["attempts"]] == [(0, "Succeeded")]
+    assert status["result"]["uri"] == RESULT.uri
+    assert await scene.jobs() == ["j-0", "j-prepare"]
+    created = [w for w in scene.proxy.writes if w.startswith("POST")]
+    assert len(created) == 5, created
