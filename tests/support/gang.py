@@ -1,14 +1,16 @@
 """A gang of ranks as real processes over gloo: model and shards on each pod's disk, checkpoints and output in S3."""
 
+import functools
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,30 @@ def make_examples(count: int, seed: int = 0) -> list[Example]:
     return examples
 
 
+@functools.cache
+def forking() -> ForkServerContext:
+    """Processes that start with the trainer imported: `python -m` would spend five seconds on that, for each rank."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["finetune_trainer.train"])
+    return context
+
+
+def _run_rank(env: dict[str, str], log: Path) -> None:
+    """What `python -m finetune_trainer.train` does, in a process of its own, with its output in a file."""
+    import torch
+
+    from finetune_trainer.train import main
+
+    # OMP_NUM_THREADS was read when torch was imported, before there was a rank.
+    torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
+    os.environ.clear()
+    os.environ.update(env)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    sys.exit(main())
+
+
 @dataclass
 class Gang:
     """One job: `config` says how many pods and processes; every pod has a folder of its own below `directory`."""
@@ -89,7 +115,7 @@ class Gang:
     validation: list[Example] = field(default_factory=list)
     env: dict[str, str] = field(default_factory=dict)
     attempt_uid: str = "attempt-0"
-    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    processes: list[ForkServerProcess] = field(default_factory=list)
 
     def work(self, rank: int) -> WorkDir:
         return WorkDir(self.directory / f"pod-{rank // self.config.devices.processes_per_worker}" / "work")
@@ -115,13 +141,11 @@ class Gang:
     def wait(self, timeout: float = 120.0) -> list[TerminationMessage]:
         """What each rank said; none may be silent."""
         deadline = time.monotonic() + timeout
-        try:
-            for process in self.processes:
-                process.wait(max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired as error:
-            raise AssertionError(f"the gang did not end:\n{self.log()}") from error
-        finally:
-            self.kill()
+        for process in self.processes:
+            process.join(max(0.1, deadline - time.monotonic()))
+        ended = [process.exitcode is not None for process in self.processes]
+        self.kill()
+        assert all(ended), f"the gang did not end:\n{self.log()}"
         ends = [read_outcome(self.work(rank).outcome(rank)) for rank in range(len(self.processes))]
         assert all(ends), self.log()
         return [end.message for end in ends if end]
@@ -129,24 +153,25 @@ class Gang:
     def run(self, timeout: float = 120.0) -> TerminationMessage:
         """Rank 0's message of a gang that must succeed."""
         messages = self.start().wait(timeout)
-        assert [process.returncode for process in self.processes] == [0] * len(self.processes), self.log()
+        assert [process.exitcode for process in self.processes] == [0] * len(self.processes), self.log()
         return messages[0]
 
     def until(self, condition: Callable[[], object], timeout: float = 60.0) -> None:
         deadline = time.monotonic() + timeout
         while not condition():
             assert time.monotonic() < deadline, self.log()
-            assert all(process.poll() is None for process in self.processes), self.log()
+            assert all(process.is_alive() for process in self.processes), self.log()
             time.sleep(0.02)
 
     def signal(self, rank: int, number: int = signal.SIGTERM) -> None:
-        self.processes[rank].send_signal(number)
+        pid = self.processes[rank].pid
+        assert pid
+        os.kill(pid, number)
 
     def kill(self) -> None:
         for process in self.processes:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
+            process.kill()
+            process.join()
 
     def log(self) -> str:
         return "\n".join(path.read_text() for path in sorted(self.directory.glob("rank-*.log")))
@@ -178,7 +203,7 @@ class Gang:
         keys = self.s3.keys(bucket, prefix)
         return sorted(int(key.split("/step-")[1][:8]) for key in keys if key.endswith("/manifest.json"))
 
-    def _spawn(self, rank: int, port: str) -> subprocess.Popen[bytes]:
+    def _spawn(self, rank: int, port: str) -> ForkServerProcess:
         devices = self.config.devices
         env = os.environ | self.s3.environment | {
             "FINETUNE_RUN_CONFIG": str(self.directory / "run.json"),
@@ -194,10 +219,9 @@ class Gang:
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
         } | self.env  # fmt: skip
-        with (self.directory / f"rank-{rank}.log").open("wb") as out:
-            return subprocess.Popen(
-                [sys.executable, "-m", "finetune_trainer.train"], env=env, stdout=out, stderr=subprocess.STDOUT
-            )
+        process = forking().Process(target=_run_rank, args=(env, self.directory / f"rank-{rank}.log"))
+        process.start()
+        return process
 
     def _index(self) -> PreparedData:
         shards = [
