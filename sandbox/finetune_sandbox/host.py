@@ -14,8 +14,9 @@ from finetune_sandbox.podstatus import timestamp
 
 @dataclass(frozen=True)
 class Host:
-    """`seed` tells clusters on one machine apart; `niceness` is added to containers, so that they do not starve
-    the control plane beside them; durations are in seconds."""
+    """`seed` tells clusters on one machine apart; `niceness` is added to containers, so that they do not starve the
+    control plane beside them; `token_renewal` is the share of a projected token's life after which it is renewed;
+    durations are in seconds."""
 
     client: Client
     recorder: Recorder
@@ -31,6 +32,7 @@ class Host:
     retry: float = 2.0
     crash_backoff: float = 10.0
     crash_backoff_max: float = 300.0
+    token_renewal: float = 0.8
 
 
 def now() -> str:

@@ -81,7 +81,7 @@ class Node:
     ) -> None:
         self.name = name
         self._client = client
-        self.directory = directory
+        self.directory = directory / name  # of its own: what lies there is removed at the start
         self._resources = host_resources(resources or {})
         self._options = options
         self._recorder = Recorder(client, "process-node", name, now)

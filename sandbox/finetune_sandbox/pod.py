@@ -58,7 +58,8 @@ class PodWorker:
         }
         self._specs = {c["name"]: c for c in [*(spec.get("initContainers") or []), *spec["containers"]]}
         self._start_time = now()
-        self._prepared = self._finished = self._gone = False
+        self._finished = self._gone = False
+        self._prepared = asyncio.Event()
         self._verdict: tuple[str, str] | None = None
         self._sent: Object = {}
         self._conditions: list[Object] = list((pod.get("status") or {}).get("conditions") or [])
@@ -157,7 +158,7 @@ class PodWorker:
             return
         if not await self._prepare():
             return
-        self._prepared = True
+        self._prepared.set()
         init = [record.name for record in self.records.values() if record.init]
         for name in init:
             if not await self._keep_running(name):
@@ -211,12 +212,13 @@ class PodWorker:
         file = volumes.File(answer["status"]["token"].encode(), volumes.TOKEN_MODE)
         volumes.write_file(self.volume_folder(volume) / token.path, file)
         expires = datetime.fromisoformat(answer["status"]["expirationTimestamp"])
-        self._tokens[token] = datetime.now(UTC) + (expires - datetime.now(UTC)) * 0.8
+        self._tokens[token] = datetime.now(UTC) + (expires - datetime.now(UTC)) * self._host.token_renewal
 
     async def _renew_tokens(self) -> None:
-        """Renews each token when 80 % of its life is over, as a kubelet does."""
-        while True:
-            due = min(self._tokens.values(), default=datetime.now(UTC) + timedelta(seconds=5))
+        """Renews each token when most of its life is over, as a kubelet does."""
+        await self._prepared.wait()
+        while self._tokens:
+            due = min(self._tokens.values())
             await asyncio.sleep(max((due - datetime.now(UTC)).total_seconds(), 0.05))
             for token in [token for token, at in self._tokens.items() if at <= datetime.now(UTC)]:
                 try:
@@ -346,7 +348,7 @@ class PodWorker:
             start_time=self._start_time,
             host_ip=self._host.address,
             pod_ip=self.place.pod_ip,
-            prepared=self._prepared,
+            prepared=self._prepared.is_set(),
             verdict=self._verdict,
             stopped=self._finished and self._stopping.is_set(),
         )

@@ -235,6 +235,22 @@ async def test_a_projected_token_is_the_pods_own(lab: Lab) -> None:
     assert review["status"]["user"]["extra"]["authentication.kubernetes.io/pod-uid"] == [pod["metadata"]["uid"]]
 
 
+async def test_a_token_is_renewed_while_the_pod_runs(client: Client, namespace: str, tmp_path: Path) -> None:
+    token = {"path": "token", "expirationSeconds": 600}
+    volume = {"name": "v", "projected": {"sources": [{"serviceAccountToken": token}]}}
+    script = 'first=$(cat "$T"); while test "$first" = "$(cat "$T")"; do sleep 0.1; done'
+    container = {
+        "command": ["sh", "-c", script],
+        "env": [{"name": "T", "value": "/var/run/token"}],
+        "volumeMounts": [{"name": "v", "mountPath": "/var/run"}],
+    }
+    async with Node(client, f"node-{namespace}", tmp_path, token_renewal=0.001) as node:
+        lab = Lab(client, namespace, node)
+        await lab.run(container=container, volumes=[volume], nodeName=node.name)
+        assert (await lab.end())["status"]["phase"] == "Succeeded"
+    await client.delete(NODES, None, node.name)
+
+
 async def test_termination_message_and_exit_code(lab: Lab) -> None:
     env = [{"name": "LOG", "value": "/dev/termination-log"}]
     await lab.run('printf said > "$LOG"; echo out; echo err >&2; exit 42', container={"env": env})

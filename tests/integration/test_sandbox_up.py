@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import stat
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from botocore.exceptions import ClientError
 
-from finetune_sandbox.client import PODS, ApiError, Client
+from finetune_sandbox.client import NODES, PODS, ApiError, Client
 from finetune_sandbox.s3 import S3
 from finetune_sandbox.up import Sandbox, SandboxError, running, serve, start_background, stop_background
 from support.waiting import eventually
@@ -38,6 +39,12 @@ def processes_below(folder: Path) -> list[str]:
             if os.fsencode(folder) in words:
                 found.append(entry.name)
     return found
+
+
+def cpu_seconds(pid: int) -> float:
+    """What a process has used so far: unlike the time on the clock, it does not depend on what else runs."""
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def wait_for(probe: Callable[[], object]) -> None:
@@ -67,10 +74,8 @@ async def sleeper(client: Client, folder: Path) -> None:
 
 
 async def test_up_and_down(folder: Path) -> None:
-    began = time.monotonic()
     info = start_background(folder)
-    started = time.monotonic() - began
-    assert started < (30 if info.name == "kubernetes" else 6), f"the sandbox took {started:.1f} s to start"
+    assert cpu_seconds(info.pid) < 3
     assert running(folder) == info == start_background(folder)
     for private in ("sandbox.json", "s3.credentials"):
         assert stat.S_IMODE((folder / private).stat().st_mode) == 0o600
@@ -135,6 +140,36 @@ async def test_logs_through_the_api_server(sandbox: Sandbox, tmp_path: Path) -> 
         assert refused.startswith("BadRequest")
         for name in ("good", "waiting"):
             await client.delete(PODS, "default", f"logs-{name}")
+
+
+async def test_a_node_can_serve_any_cluster(cluster: Sandbox, namespace: str, tmp_path: Path) -> None:
+    script = "import sys; from pathlib import Path; from finetune_sandbox.node import serve; "
+    script += "serve(Path(sys.argv[1]), sys.argv[2], {'example.com/thing': '2'}, Path(sys.argv[3]), bind=True)"
+    name = f"served-{namespace}"
+    command = [sys.executable, "-c", script, str(cluster.kubeconfig), name, str(tmp_path)]
+    server = await asyncio.create_subprocess_exec(*command)
+    container = {"name": "main", "image": "x", "command": ["true"], "resources": {"limits": {"example.com/thing": "2"}}}
+    spec = {"restartPolicy": "Never", "automountServiceAccountToken": False, "containers": [container]}
+    async with await Client.from_kubeconfig(cluster.kubeconfig) as client:
+        try:
+            await client.create(PODS, namespace, {"metadata": {"name": "p"}, "spec": spec})
+            pod = await eventually(
+                lambda: client.get(PODS, namespace, "p"),
+                "end of the pod",
+                until=lambda pod: pod["status"]["phase"] == "Succeeded",
+                timeout=30,
+            )
+            assert pod["spec"]["nodeName"] == name
+            server.terminate()
+            assert await server.wait() == 0
+            node = await client.get(NODES, None, name)
+            ready = next(c for c in node["status"]["conditions"] if c["type"] == "Ready")
+            assert (ready["status"], ready["reason"]) == ("False", "KubeletNotReady")
+        finally:
+            if server.returncode is None:
+                server.kill()
+                await server.wait()
+            await client.delete(NODES, None, name)
 
 
 async def test_s3_lets_each_user_do_what_is_his(tmp_path: Path) -> None:
