@@ -235,4 +235,6 @@ def invocation(
     command = tuple(rewrite(expand(word, variables), mounts) for word in words)
     env = {name: resolve_pod_name(rewrite(value, mounts), place.seed) for name, value in variables.items()}
     env = {"HOME": root, "HOSTNAME": str(pod["spec"].get("hostname") or pod["metadata"]["name"])} | env
-    return Invocation(command, env, rewrite(container.get("workingDir") or root, mounts))
+    # `root` is a path of this machine already, and may well begin like a mount.
+    working_dir = rewrite(container["workingDir"], mounts) if container.get("workingDir") else root
+    return Invocation(command, env, working_dir)
