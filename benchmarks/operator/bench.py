@@ -12,6 +12,7 @@ import contextlib
 import os
 import platform
 import re
+import signal
 import statistics
 import sys
 import tempfile
@@ -165,7 +166,7 @@ async def operator(bench: Bench, workers: int) -> AsyncIterator[Operator]:
         "FINETUNE_OPERATOR_METRICS_PORT": str(port),
         "FINETUNE_OPERATOR_TLS_FOLDER": str(bench.folder / "tls"),
     }
-    async with child(bench.folder / "operator.log", "-m", "finetune_operator", env=env) as started:
+    async with child(bench.folder / "operator.log", "-m", "finetune_operator", env=env, end=signal.SIGTERM) as started:
         yield Operator(started, port)
 
 
@@ -178,10 +179,13 @@ async def canary(bench: Bench, created: Callable[[str, str], None]) -> None:
     bench.seen.prepared.clear()
 
 
-async def measure(bench: Bench, jobs: int, process: Child, created: Callable[[str, str], None]) -> report.Run:
+async def measure(
+    bench: Bench, jobs: int, process: Child, created: Callable[[str, str], None], reads: Callable[[], float]
+) -> report.Run:
+    """`reads`: how many requests the process made so far that write nothing."""
     await canary(bench, created)
     names = [f"job-{number:05d}" for number in range(jobs)]
-    before, cpu = bench.writes(), process.cpu_seconds()
+    before, cpu, read = bench.writes(), process.cpu_seconds(), reads()
     start = time.monotonic()
     began = await bench.create(names, created)
     end = await bench.settled(names)
@@ -203,6 +207,7 @@ async def measure(bench: Bench, jobs: int, process: Child, created: Callable[[st
         resident_mb=process.resident_mb(),
         writes_per_job=writes,
         events_per_job=events,
+        reads_per_job=(reads() - read) / jobs,
     )
 
 
@@ -212,13 +217,13 @@ async def run_bare(folder: Path, jobs: int, workers: int) -> report.Run:
         child(folder / "bare.log", str(PARTS), "bare", str(ready.kubeconfig), str(workers)) as loop,
     ):
         await loop.line()
-        return await measure(ready, jobs, loop, lambda name, uid: loop.tell(name=name, uid=uid))
+        return await measure(ready, jobs, loop, lambda name, uid: loop.tell(name=name, uid=uid), lambda: 0.0)
 
 
 async def run_operator(folder: Path, jobs: int, workers: int) -> tuple[report.Run, report.Restart, str]:
     async with bench(folder) as ready:
         async with operator(ready, workers) as running:
-            result = await measure(ready, jobs, running.child, lambda name, uid: None)
+            result = await measure(ready, jobs, running.child, lambda name, uid: None, running.reads)
         return result, await restart(ready, jobs + 1, workers, "running"), ready.server
 
 

@@ -26,11 +26,13 @@ Object = dict[str, Any]
 class Child:
     """A process that says JSON lines; its log goes to a file."""
 
-    def __init__(self, process: asyncio.subprocess.Process, log: Path) -> None:
-        self.process, self.log = process, log
+    def __init__(self, process: asyncio.subprocess.Process, log: Path, end: signal.Signals | None) -> None:
+        self.process, self.log, self.end = process, log, end
 
     @classmethod
-    async def start(cls, log: Path, *command: str, env: dict[str, str] | None = None) -> Self:
+    async def start(
+        cls, log: Path, *command: str, env: dict[str, str] | None = None, end: signal.Signals | None = None
+    ) -> Self:
         with log.open("ab") as file:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -40,7 +42,7 @@ class Child:
                 stderr=file,
                 env=os.environ | (env or {}),
             )
-        return cls(process, log)
+        return cls(process, log, end)
 
     async def line(self) -> Object:
         assert self.process.stdout
@@ -58,10 +60,10 @@ class Child:
         return self.log.read_text(errors="replace")[-2000:]
 
     async def stop(self) -> None:
-        """Ends its input; SIGTERM and SIGKILL where that is not enough."""
+        """Ends its input, which our parts understand, or sends its signal; SIGKILL where that is not enough."""
         assert self.process.stdin
         self.process.stdin.close()
-        for end in (None, signal.SIGTERM, signal.SIGKILL):
+        for end in (self.end, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError):
                 if end is not None:
                     self.process.send_signal(end)
@@ -80,8 +82,10 @@ class Child:
 
 
 @asynccontextmanager
-async def child(log: Path, *command: str, env: dict[str, str] | None = None) -> AsyncIterator[Child]:
-    started = await Child.start(log, *command, env=env)
+async def child(
+    log: Path, *command: str, env: dict[str, str] | None = None, end: signal.Signals | None = None
+) -> AsyncIterator[Child]:
+    started = await Child.start(log, *command, env=env, end=end)
     try:
         yield started
     finally:
@@ -127,3 +131,7 @@ class Operator:
     def reconciled(self) -> float:
         """How many reconciles succeeded."""
         return self.metric("finetune_operator_reconciles_total", result="success")
+
+    def reads(self) -> float:
+        """Requests to the API server that wrote nothing; watches apart."""
+        return self.metric("finetune_operator_api_requests_total", verb="GET")

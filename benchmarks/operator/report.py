@@ -23,6 +23,7 @@ class Run:
     resident_mb: float
     writes_per_job: float | None
     events_per_job: float | None
+    reads_per_job: float
 
 
 @dataclass(frozen=True)
@@ -61,18 +62,19 @@ def markdown(results: dict[str, Any]) -> str:
         f"`{results['command']}` on {machine['cores']} cores ({machine['cpu']}), {machine['memoryGiB']} GiB, Python "
         f"{machine['python']}, against {results['server']}; {results['workers']} jobs worked on at a time.",
         "",
-        "| jobs at once | | jobs/s | ratio | writes per job | Events per job | create to children p50, p99 "
-        "| CPU per job | RSS |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| jobs at once | | jobs/s | ratio | writes per job | Events per job | reads per job "
+        "| create to children p50, p99 | CPU per job | RSS |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for entry in results["runs"]:
         for who, name in (("operator", "operator"), ("bare", "bare loop")):
             run = entry[who]
             ratio = f"{entry['ratio']:.2f}" if who == "operator" else ""
             latency = f"{run['latency_p50']:.2f} s, {run['latency_p99']:.2f} s"
+            requests = (number(run[f"{what}_per_job"]) for what in ("writes", "events", "reads"))
             rows.append(
                 f"| {run['jobs']} | {name} | {run['jobs_per_second']:.1f} | {ratio} "
-                f"| {number(run['writes_per_job'])} | {number(run['events_per_job'])} | {latency} "
+                f"| {' | '.join(requests)} | {latency} "
                 f"| {run['cpu_ms_per_job']:.1f} ms | {run['resident_mb']:.0f} MB |"
             )
     rows += [
@@ -90,4 +92,4 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def number(value: float | None) -> str:
-    return "not counted" if value is None else f"{value:.2f}"
+    return "not counted" if value is None else f"{value:.1f}"
