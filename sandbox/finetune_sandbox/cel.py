@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
 import cel
@@ -88,6 +89,7 @@ class Node:
     properties: Mapping[str, Node]
     items: Node | None
     extra: Node | None
+    functions: dict[str, Callable[..., Any]]  # those of FUNCTIONS that the rules call: each costs time on every run
 
 
 def compile_rules(schema: Schema, path: str, problems: list[Cause], *, top: bool = True) -> Node | None:
@@ -107,7 +109,10 @@ def compile_rules(schema: Schema, path: str, problems: list[Cause], *, top: bool
     )
     if not (rules or children or items or extra):
         return None
-    return Node(schema, tuple(r for r in rules if r), children, items, extra)
+    compiled = tuple(r for r in rules if r)
+    programs = [p for r in compiled for p in (r.program, r.message_program) if p]
+    functions = {f: FUNCTIONS[f] for p in programs for f in p.functions() if f in FUNCTIONS}
+    return Node(schema, compiled, children, items, extra, functions)
 
 
 def _rule(raw: Mapping[str, Any], schema: Schema, path: str, problems: list[Cause], *, top: bool) -> Rule | None:
@@ -215,9 +220,9 @@ def _run(node: Node, value: Any, old: Any, path: str, *, top: bool) -> Iterator[
     if not wanted:
         return
     variables = {"self": to_cel(node.schema, value, top=top)}
-    if known:
-        variables["oldSelf"] = to_cel(node.schema, old, top=top)
-    context = cel.Context(variables, dict(FUNCTIONS))
+    if any(r.transition for r in wanted):
+        variables["oldSelf"] = variables["self"] if same else to_cel(node.schema, old, top=top)
+    context = cel.Context(variables, node.functions)
     shape = "" if isinstance(value, dict | list) else f"{shown(value)}: "
     for rule in wanted:
         try:
@@ -284,6 +289,7 @@ def to_cel(schema: Schema, value: Any, *, top: bool = False) -> Any:
     return value
 
 
+@lru_cache(maxsize=4096)
 def _escaped(name: str) -> str:
     if name in _RESERVED:
         return f"__{name}__"

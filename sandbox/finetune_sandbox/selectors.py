@@ -10,8 +10,8 @@ from typing import Any
 
 from finetune_sandbox.errors import bad_request
 
-_NAME = r"[A-Za-z0-9](?:[-A-Za-z0-9_.]*[A-Za-z0-9])?"
-_KEY = rf"(?:{_NAME}/)?{_NAME}"
+_NAME = r"[A-Za-z0-9][-A-Za-z0-9_.]*"
+_KEY = r"[A-Za-z0-9][-A-Za-z0-9_./]*"
 _SET = re.compile(rf"({_KEY})\s+(in|notin)\s*\(([^()]*)\)")
 _EQUAL = re.compile(rf"({_KEY})\s*(==|=|!=)\s*({_NAME})?")
 _EXISTS = re.compile(rf"(!?)\s*({_KEY})")
