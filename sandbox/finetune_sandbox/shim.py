@@ -81,6 +81,16 @@ def reap(main: int) -> int | None:
             status = ended
 
 
+def set_niceness(niceness: int) -> None:
+    """Where the kernel groups sessions, a process's own niceness counts only within its session: the group's, too."""
+    os.nice(niceness)
+    try:
+        with open("/proc/self/autogroup", "w") as file:
+            file.write(str(niceness))
+    except OSError:
+        return  # this kernel has no groups
+
+
 def start(cgroup: str, niceness: int, command: list[str]) -> int:
     pid = os.fork()
     if pid:
@@ -91,7 +101,7 @@ def start(cgroup: str, niceness: int, command: list[str]) -> int:
         if cgroup != "-":
             with open(os.path.join(cgroup, "cgroup.procs"), "w") as file:
                 file.write(str(os.getpid()))
-        os.nice(niceness)
+        set_niceness(niceness)
         for number in (signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(number, signal.SIG_DFL)  # the interpreter ignores them, and exec would keep that
         signal.pthread_sigmask(signal.SIG_SETMASK, set())

@@ -35,9 +35,9 @@ class World:
         if plan.status is not None:
             self.job = self.job | {"status": plan.status}
         for pod in plan.release:
-            pod["metadata"]["finalizers"].remove(FINALIZER)  # type: ignore[index]
+            pod["metadata"]["finalizers"].remove(FINALIZER)
         for pod in plan.delete:
-            pod["metadata"]["deletionTimestamp"] = timestamp(self.now)  # type: ignore[index]
+            pod["metadata"]["deletionTimestamp"] = timestamp(self.now)
         for pod in plan.create:
             self.made += 1
             identity = {"uid": f"pod-{self.made}", "name": f"j-{self.made}", "creationTimestamp": timestamp(self.now)}

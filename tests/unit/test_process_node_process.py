@@ -122,6 +122,20 @@ def test_killing_the_starter_kills_everything(tmp_path: Path) -> None:
     wait_for(lambda: not any(alive(pid) for pid in pids))
 
 
+async def test_it_gives_way_to_what_started_it(tmp_path: Path) -> None:
+    script = "import os; print(os.nice(0))"
+    if Path("/proc/self/autogroup").exists():
+        script += "; print(open('/proc/self/autogroup').read())"
+    command = [sys.executable, "-c", script]
+    env = process.interpreter_environment()
+    own = os.nice(0)
+    started = process.start(command, env=env, cwd=tmp_path, output=tmp_path / "log", niceness=5)
+    assert await started.wait() == 0
+    first, *group = (tmp_path / "log").read_text().splitlines()
+    assert int(first) == own + 5
+    assert not group or group[0].endswith("nice 5")
+
+
 def test_the_environment_is_not_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_SECRET", "x")
     monkeypatch.setenv("PYTHONPATH", "/x")
