@@ -15,6 +15,7 @@ import pytest
 from finetune_sandbox import process
 
 T = TypeVar("T")
+HAS_GROUPS = Path("/proc/self/autogroup").exists()
 SLEEP = "import time; time.sleep(1000)"
 # Prints its own process id, then that of a grandchild which left the session and whose parent is gone.
 FAMILY = """
@@ -124,7 +125,7 @@ def test_killing_the_starter_kills_everything(tmp_path: Path) -> None:
 
 async def test_it_gives_way_to_what_started_it(tmp_path: Path) -> None:
     script = "import os; print(os.nice(0))"
-    if Path("/proc/self/autogroup").exists():
+    if HAS_GROUPS:
         script += "; print(open('/proc/self/autogroup').read())"
     command = [sys.executable, "-c", script]
     env = process.interpreter_environment()
