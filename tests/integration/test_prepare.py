@@ -229,6 +229,16 @@ def test_the_validation_split_stays_when_rows_are_added(s3: S3) -> None:
     assert len(after) < 25
 
 
+@pytest.mark.parametrize(("policy", "kept", "dropped"), [("Drop", 30, {"leakage": 10}), ("Warn", 40, {})])
+def test_leaks_can_be_left_out(s3: S3, policy: str, kept: int, dropped: dict[str, int]) -> None:
+    s3.put("s3://bucket/data/pairs.jsonl", jsonl(PAIRS))
+    s3.put("s3://bucket/data/held.jsonl", jsonl(PAIRS[5:15]))
+    held = {"datasets": [{"name": "held", "uri": "s3://bucket/data/held.jsonl"}]}
+    prepare(configured(s3, validation=held, dataPolicy={"leakage": policy}))
+    assert (len(examples(s3)), len(examples(s3, "validation"))) == (kept, 10)
+    assert index_of(s3).dropped == dropped
+
+
 def test_a_second_run_writes_the_same_again(s3: S3) -> None:
     s3.put("s3://bucket/data/pairs.jsonl", jsonl(PAIRS))
 

@@ -52,7 +52,8 @@ def test_prepare_ends_well_and_without_torch(s3: S3, tmp_path: Path) -> None:
     assert "tokenizers" in imported
     assert not imported & {"torch", "transformers", "datasets"}
     events = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-    assert [event["event"] for event in events] == ["base model inspected", "dataset prepared", "prepare", "done"]
+    told = [event["event"] for event in events if event["level"] == "info"]
+    assert told == ["base model inspected", "dataset prepared", "prepare", "done"]
 
 
 def test_prepare_ends_badly_with_its_code_and_one_sentence(s3: S3, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_a_prefix_is_listed_over_pages_and_pinned(store: Store, s3: S3) -> None:
         s3.put(f"s3://bucket/{key}", b"x")
     store.page_size = 2
     assert [item.uri[-2:] for item in store.list("s3://bucket/many/")] == ["/0", "/1", "/2", "20"]
-    assert [item.uri[-2:] for item in store.pin_prefix("s3://bucket/many/2")] == ["/2", "20"]
+    assert [item.uri[-2:] for item in store.pin_all(["s3://bucket/many/2", "s3://bucket/many/1"])] == ["/2", "/1"]
 
 
 def test_what_changed_after_it_was_pinned_is_refused(store: Store, s3: S3, tmp_path: Path) -> None:
@@ -187,6 +187,17 @@ def test_writing_the_same_again_is_success(store: Store) -> None:
     store.put_if_absent("s3://bucket/same", b"1")
     with pytest.raises(AlreadyExists, match="s3://bucket/same: it exists already"):
         store.put_if_absent("s3://bucket/same", b"2")
+
+
+def test_a_key_of_ones_own_encrypts_all_that_is_written(store: Store, s3: S3, tmp_path: Path) -> None:
+    config = StorageConfig(endpoint=s3.endpoint, region="us-east-1", addressing_style="path", kms_key_id="key-1")
+    (tmp_path / "f").write_bytes(b"x")
+    with Store(config) as encrypting:
+        encrypting.upload(tmp_path / "f", "s3://bucket/kms/f")
+        encrypting.put_if_absent("s3://bucket/kms/manifest.json", b"{}")
+    for key in ("kms/f", "kms/manifest.json"):
+        answer = s3.client().head_object(Bucket="bucket", Key=key)
+        assert (answer["ServerSideEncryption"], answer["SSEKMSKeyId"]) == ("aws:kms", "key-1")
 
 
 def test_only_a_jobs_own_scratch_prefix_can_be_deleted(store: Store, s3: S3) -> None:

@@ -14,8 +14,10 @@ from finetune_api.failures import TerminationMessage
 from support.runs import make_run_config, pod_environment
 
 DRIVER = """
-import sys
+import ctypes, sys
 from pathlib import Path
+# What only PID 1 is otherwise: the new parent of orphans (PR_SET_CHILD_SUBREAPER).
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
 from finetune_trainer.launch import launch
 from finetune_trainer.termination import run
 pull, train, grace, cgroup = sys.argv[1:]

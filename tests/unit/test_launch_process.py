@@ -5,7 +5,11 @@ import signal
 import time
 from pathlib import Path
 
-from finetune_api.failures import EXIT_CODES, Reason
+import pytest
+
+from finetune_api.failures import EXIT_CODES, FineTuneError, Reason
+from finetune_trainer.launch import resolve
+from finetune_trainer.supervise import Supervisor
 from support.launching import alive, kill, launched
 
 
@@ -167,6 +171,35 @@ sys.exit(guarded(main, work / "outcomes" / "pull.json"))
     assert (message.reason, message.rank) == (Reason.STORAGE_DENIED, None)
     assert message.message == "cannot read s3://bucket/x: no (AccessDenied)"
     assert not (tmp_path / "work" / "trained").exists()
+
+
+def test_orphans_are_reaped(tmp_path: Path) -> None:
+    rank = """
+import subprocess
+# The shell ends at once; its child becomes an orphan in a session of its own, and ends a little later.
+subprocess.run(["setsid", "-f", "sh", "-c", f"echo $$ > {work}/orphan.tmp; mv {work}/orphan.tmp {work}/orphan"])
+await_file("enough")
+"""
+    with launched(tmp_path, rank, processes=1) as launch:
+        launch.until_file("orphan")
+        launch.until(lambda: not Path(f"/proc/{launch.pid('orphan')}").exists())
+        (tmp_path / "work" / "enough").touch()
+        assert launch.wait().reason is None
+
+
+def test_a_signal_while_pod_0_is_waited_for_ends_the_pod(tmp_path: Path) -> None:
+    env = {"FINETUNE_WORKER_INDEX": "1", "FINETUNE_MASTER_ADDR": "bot-0-0.bot-0.invalid"}
+    pull = "done('pulled')\n"
+    with launched(tmp_path, "done('trained')\n", pull=pull, workers=2, env=env) as launch:
+        launch.until_file("pulled")
+        launch.process.send_signal(signal.SIGTERM)
+        assert launch.wait().reason == Reason.PREEMPTED
+    assert not (tmp_path / "work" / "trained").exists()
+
+
+def test_a_name_that_never_resolves_is_told() -> None:
+    with Supervisor() as supervisor, pytest.raises(FineTuneError, match=r"pod 0's name x\.invalid cannot be resolved"):
+        resolve(supervisor, "x.invalid", limit=0)
 
 
 def test_a_long_message_is_cut_to_what_kubernetes_keeps(tmp_path: Path) -> None:

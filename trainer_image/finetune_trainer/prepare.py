@@ -57,6 +57,8 @@ def prepare(config: RunConfig) -> TerminationMessage:
         )
         model = inspect(store, config.spec)
         log.event("base model inspected", architecture=model.shape.architecture, parameters=model.shape.parameters)
+        if config.spec.training.max_length > model.shape.max_positions:
+            log.event("maxLength exceeds the model's positions", level="warning", positions=model.shape.max_positions)
         found = sources(store, config.spec)
         pipeline = Pipeline(
             store, config.spec, model, folder, lambda path, key: store.upload(path, join(data_uri, key))

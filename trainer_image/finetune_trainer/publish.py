@@ -90,8 +90,8 @@ def _earlier(store: Store, directory: Path, paths: list[Path], uri: str) -> Publ
 
 def put_manifest(store: Store, manifest: Manifest, uri: str) -> Published:
     """Makes files that are there already one thing: their sizes are checked, then the manifest is written."""
-    for entry in manifest.files:
-        found = store.pin(join(uri, entry.key))
+    pins = store.pin_all([join(uri, entry.key) for entry in manifest.files])
+    for found, entry in zip(pins, manifest.files, strict=True):
         if found.size != entry.size:
             raise changed(found.uri, "publish", f"{found.size:,} bytes are there, {entry.size:,} were sent")
     data = manifest.model_dump_json(by_alias=True, exclude_none=True, indent=1).encode()
@@ -134,8 +134,8 @@ def fetch_verified(
     manifest = read_manifest(store, manifest_uri, sha256)
     prefix = manifest_uri.rpartition("/")[0]
     wanted = []
-    for entry in manifest.files:
-        pinned = store.pin(join(prefix, entry.key))
+    pins = store.pin_all([join(prefix, entry.key) for entry in manifest.files])
+    for pinned, entry in zip(pins, manifest.files, strict=True):
         if pinned.size != entry.size:
             raise changed(pinned.uri, detail=f"{pinned.size:,} bytes are there, the manifest says {entry.size:,}")
         wanted.append(Wanted(pinned, directory / entry.key, entry.sha256))

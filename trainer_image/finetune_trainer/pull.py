@@ -36,7 +36,10 @@ def model_files(config: RunConfig, index: PreparedData, work: WorkDir) -> list[W
 def shard_files(store: Store, index_uri: str, index: PreparedData, work: WorkDir) -> list[Wanted]:
     """Pinned as they are now: it is their hash that says whether they are what `prepare` wrote."""
     prefix = index_uri.rpartition("/")[0]
-    return [Wanted(store.pin(join(prefix, shard.key)), work.shard(shard.key), shard.sha256) for shard in index.shards]
+    pins = store.pin_all([join(prefix, shard.key) for shard in index.shards])
+    return [
+        Wanted(pinned, work.shard(shard.key), shard.sha256) for pinned, shard in zip(pins, index.shards, strict=True)
+    ]
 
 
 def pull(config: RunConfig, work: WorkDir) -> None:

@@ -148,9 +148,9 @@ class Store:
         version = answer.get("VersionId")
         return _pinned(uri, answer["ContentLength"], answer["ETag"], None if version == "null" else version)
 
-    def pin_prefix(self, uri: str) -> builtins.list[PinnedObject]:
-        """Every object below a prefix, each as it is now."""
-        return _each(lambda item: self.pin(item.uri), builtins.list(self.list(uri)))
+    def pin_all(self, uris: Sequence[str]) -> builtins.list[PinnedObject]:
+        """Objects as they are now, in order."""
+        return _each(self.pin, uris)
 
     def _why(self, error: ClientError, uri: str) -> FineTuneError:
         """A HEAD has no body and so no error code: a GET tells a missing bucket from a missing key."""

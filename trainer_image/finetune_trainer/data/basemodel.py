@@ -53,11 +53,13 @@ def digest(pins: list[PinnedObject], prefix: str) -> str:
 def inspect(store: Store, spec: FineTuneJobSpec) -> BaseModel:
     """Raises ModelInvalid with the file named; StorageDenied and StorageUnavailable with `baseModel` in front."""
     prefix = spec.base_model.uri.rstrip("/") + "/"
+    if not prefix.startswith("s3://"):
+        raise FineTuneError(Reason.INVALID_SPEC, f"spec.baseModel.uri: found {prefix}; s3:// is supported")
     try:
         listed = {item.uri.removeprefix(prefix): item for item in store.list(prefix)}
         weights = _weights(store, listed, prefix)
-        wanted = [name for name in listed if name in _NAMES or name in weights]
-        files = {name: store.pin(listed[name].uri) for name in sorted(wanted)}
+        wanted = sorted(name for name in listed if name in _NAMES or name in weights)
+        files = dict(zip(wanted, store.pin_all([listed[name].uri for name in wanted]), strict=True))
         return _inspect(store, spec, files, weights, prefix)
     except FineTuneError as error:
         if error.reason == Reason.INVALID_SPEC:

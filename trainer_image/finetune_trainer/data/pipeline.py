@@ -10,7 +10,7 @@ from finetune_api.job import FineTuneJobSpec
 from finetune_api.run import Shard, Split
 from finetune_trainer import log
 from finetune_trainer.data.basemodel import BaseModel
-from finetune_trainer.data.formats import Ambiguous, BadRow, content_hash, detect, to_example
+from finetune_trainer.data.formats import FORMATS, Ambiguous, BadRow, content_hash, detect, to_example
 from finetune_trainer.data.readers import Row, place
 from finetune_trainer.data.report import SAMPLE, DatasetReport
 from finetune_trainer.data.shards import ShardWriter, Upload
@@ -126,8 +126,13 @@ class Pipeline:
                 raise FineTuneError(error.reason, f"{source.field}: {error}") from error
 
     def _format(self, source: Source, peeked: Iterable[tuple[str, Row]]) -> str:
-        if source.dataset.format != "Auto":
-            return source.dataset.format
+        form = source.dataset.format
+        if form in FORMATS:
+            return form
+        if form != "Auto":
+            raise FineTuneError(
+                Reason.INVALID_SPEC, f"{source.field}.format: found {form}; supported are Auto, {', '.join(FORMATS)}"
+            )
         good: list[Mapping[str, Any]] = [row.value for _, row in peeked if not row.problem]
         if not good:
             where, problem = next(((w, row.problem) for w, row in peeked), (source.dataset.uri, "there are no rows"))

@@ -42,7 +42,7 @@ def _source(store: Store, dataset: Dataset, field: str, split: Split | None) -> 
             ignored = [item.uri for item in found if item not in chosen]
             if not chosen:
                 raise FineTuneError(Reason.DATA_INVALID, f"{dataset.uri} has {_nothing(ignored)}")
-            return Source(dataset, field, split, [store.pin(item.uri) for item in chosen], ignored)
+            return Source(dataset, field, split, store.pin_all([item.uri for item in chosen]), ignored)
         if kind_of(dataset.uri) is None:
             _refuse_name(store, dataset.uri)
         return Source(dataset, field, split, [store.pin(dataset.uri)], [])

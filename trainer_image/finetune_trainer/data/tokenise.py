@@ -31,7 +31,8 @@ class Tokens(NamedTuple):
     @property
     def trained(self) -> int:
         """Tokens that carry loss. The first one never does: nothing predicts it."""
-        return sum(label != IGNORED for label in self.labels[1:])
+        learned = len(self.labels) - self.labels.count(IGNORED)
+        return learned - 1 if self.labels and self.labels[0] != IGNORED else learned
 
 
 def lay_out(example: Example, loss: Loss, chat: ChatTemplate) -> Text:
@@ -101,10 +102,7 @@ class Encoder:
 
     def _tokens(self, encoding: Encoding, text: Text) -> Tokens:
         ids: list[int] = list(encoding.ids)
-        labels = [
-            token if _overlaps(start, end, text.spans) else IGNORED
-            for token, (start, end) in zip(ids, encoding.offsets, strict=True)
-        ]
+        labels = _labels(ids, encoding.offsets, text.spans)
         if len(ids) > 1 and ids[0] == ids[1] == self._bos:
             # The text began with what the tokeniser adds.
             del ids[0], labels[0]
@@ -129,8 +127,12 @@ class Encoder:
         labels.append(self._eos)
 
 
-def _overlaps(start: int, end: int, spans: Sequence[tuple[int, int]]) -> bool:
-    """Whether a token that covers [start, end) has a part in any span; an empty one belongs where it stands."""
-    if start == end:
-        return any(first <= start < stop for first, stop in spans)
-    return any(start < stop and end > first for first, stop in spans)
+def _labels(ids: list[int], offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
+    """A token is learned where its characters have a part in a span; one without characters, where it stands in one."""
+    labels = [IGNORED] * len(ids)
+    for first, stop in spans:
+        labels = [
+            token if start < stop and (end > first or first <= start == end) else label
+            for token, (start, end), label in zip(ids, offsets, labels, strict=True)
+        ]
+    return labels
