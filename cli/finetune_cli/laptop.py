@@ -45,7 +45,7 @@ def start(directory: Path) -> SandboxInfo:
     except (SandboxError, ModuleNotFoundError, OSError) as error:
         raise CliError(_why_not(error)) from error
     clusters.run(Target(info.kubeconfig), lambda cluster: provision(cluster, info))
-    if not operator.running():
+    if operator.process is None:
         operator.start(info)
     return info
 
@@ -177,12 +177,9 @@ class Operator:
             time.sleep(0.05)
         process.returncode = 0  # it is to outlive us: not a child that was forgotten
 
-    def running(self) -> bool:
-        return self._process() is not None
-
     def stop(self) -> bool:
         """SIGTERM, after some seconds SIGKILL; False where it did not run."""
-        pid = self._process()
+        pid = self.process
         if pid is None:
             return False
         process = os.pidfd_open(pid)
@@ -191,7 +188,7 @@ class Operator:
                 signal.pidfd_send_signal(process, number)
                 deadline = time.monotonic() + STOP_SECONDS
                 while time.monotonic() < deadline:
-                    if self._process() is None:
+                    if self.process is None:
                         self._record.unlink(missing_ok=True)
                         return True
                     time.sleep(0.05)
@@ -201,7 +198,8 @@ class Operator:
             os.close(process)
         raise CliError(f"the operator (process {pid}) does not end")
 
-    def _process(self) -> int | None:
+    @property
+    def process(self) -> int | None:
         """Its number where it lives: a number alone may be another's by now, with the start time it is not."""
         try:
             known = json.loads(self._record.read_text())

@@ -61,12 +61,12 @@ def status(directory: str) -> int:
         return Exit.UNREACHABLE
     rows = [
         ["Control plane", f"{info.name}, process {info.pid}, log {info.log}"],
-        ["Operator", f"{'running' if operator.running() else 'NOT running'}, log {operator.log}"],
+        ["Operator", f"{'running' if operator.process else 'NOT running'}, log {operator.log}"],
         ["Kubeconfig", info.kubeconfig],
         ["S3", info.s3_endpoint],
     ]
     click.echo("\n".join(jobview.table(rows)))
-    return Exit.COMPLETE if operator.running() else Exit.UNREACHABLE
+    return Exit.COMPLETE if operator.process else Exit.UNREACHABLE
 
 
 @sandbox_command.command("node")
