@@ -1,4 +1,7 @@
-"""The operator as a process, before an API server with its Job controller and garbage collector; the test is the kubelet."""
+"""The operator as a process, before an API server with its Job controller and its garbage collector.
+
+No node runs the pods: the test tells of them what a kubelet would.
+"""
 
 import asyncio
 import secrets

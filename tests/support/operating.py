@@ -1,6 +1,7 @@
 """The operator as a process before an API server: what it writes is counted on the way, and it can be killed there."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -64,7 +65,9 @@ class Proxy:
         hop = {"host", "authorization", "content-length", "transfer-encoding", "connection"}
         headers = {k: v for k, v in request.headers.items() if k.lower() not in hop} | self.headers
         url = self.host + request.path_qs
-        async with self.session.request(request.method, url, headers=headers, data=await request.read()) as answer:
+        async with self.session.request(
+            request.method, url, headers=headers, data=await request.read() or None
+        ) as answer:
             counted = request.method != "GET" and answer.status < 400
             if counted and not request.path.endswith("/tokenreviews") and "/events" not in request.path:
                 self.writes.append(f"{request.method} {request.path}")
@@ -73,9 +76,10 @@ class Proxy:
                     await self.victim.wait()
             response = web.StreamResponse(status=answer.status)
             response.content_type = answer.content_type
-            await response.prepare(request)
-            async for chunk in answer.content.iter_any():
-                await response.write(chunk)
+            with contextlib.suppress(ConnectionError):  # the operator hung up, or was killed
+                await response.prepare(request)
+                async for chunk in answer.content.iter_any():
+                    await response.write(chunk)
             return response
 
 
