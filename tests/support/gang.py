@@ -97,7 +97,7 @@ def _run_rank(env: dict[str, str], log: Path) -> None:
     torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
     os.environ.clear()
     os.environ.update(env)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     sys.exit(main())
@@ -219,7 +219,9 @@ class Gang:
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
         } | self.env  # fmt: skip
-        process = forking().Process(target=_run_rank, args=(env, self.directory / f"rank-{rank}.log"))
+        log = self.directory / f"rank-{rank}.log"
+        log.write_bytes(b"")
+        process = forking().Process(target=_run_rank, args=(env, log))
         process.start()
         return process
 
