@@ -24,7 +24,6 @@ from finetune_sandbox.errors import (
     forbidden,
     invalid,
     not_found,
-    required,
     wrong,
 )
 from finetune_sandbox.resources import Kinds, Resource
@@ -400,6 +399,3 @@ def _only_status(resource: Resource, obj: Obj, old: Obj) -> None:
 def _spec_changed(resource: Resource, obj: Obj, old: Obj) -> bool:
     ignored = {"metadata", "status"} if resource.status else {"metadata"}
     return {k: v for k, v in obj.items() if k not in ignored} != {k: v for k, v in old.items() if k not in ignored}
-
-
-__all__ = ["Call", "DeleteOptions", "Registry", "required"]

@@ -14,7 +14,7 @@ import yaml
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from finetune_sandbox import discovery, openapi, table, watch
+from finetune_sandbox import discovery, openapi, protobuf, table, watch
 from finetune_sandbox.admission import Admission
 from finetune_sandbox.auth import Attributes, Authenticator, Authorizer, User, impersonate
 from finetune_sandbox.certificates import Authority, write_kubeconfig, write_private
@@ -322,6 +322,8 @@ async def _body(request: web.BaseRequest) -> Any:
             return json.loads(raw)
     except (ValueError, yaml.YAMLError) as error:
         raise bad_request(f"the request body cannot be decoded: {error}") from error
+    if kind == "application/vnd.kubernetes.protobuf":
+        return protobuf.decode(bytes(raw))
     raise ApiError(415, "UnsupportedMediaType", f"the sandbox reads JSON and YAML, not {kind}")
 
 
@@ -331,6 +333,3 @@ def answer(body: Obj, code: int = 200, headers: Mapping[str, str] | None = None)
 
 def answer_bytes(body: bytes, code: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
     return web.Response(body=body, status=code, content_type="application/json", headers=headers)
-
-
-__all__ = ["ApiServer", "LogSource"]

@@ -185,6 +185,3 @@ def _spend(budget: Obj) -> None:
 
 def success(code: int) -> Obj:
     return {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "code": code}
-
-
-__all__ = ["LogSource", "Subresources"]

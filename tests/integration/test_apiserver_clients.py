@@ -242,6 +242,66 @@ async def test_kubectl_with_pods(kubectl: Kubectl, server: ApiServer) -> None:
     assert "kube-root-ca.crt" in await kubectl("get", "configmaps", "-A")
 
 
+async def test_kubectl_sends_protobuf_where_it_creates_by_itself(kubectl: Kubectl) -> None:
+    await kubectl("create", "secret", "generic", "s", "--from-literal=a=b")
+    assert await kubectl("get", "secret", "s", "-o", "jsonpath={.data.a}") == "Yg=="
+    await kubectl("create", "serviceaccount", "robot")
+    token = (await kubectl("create", "token", "robot", "--audience=x", "--duration=20m")).strip()
+    assert token.count(".") == 2
+    assert await kubectl("auth", "can-i", "create", "pods") == "yes\n"
+    with pytest.raises(AssertionError):
+        await kubectl("auth", "can-i", "list", "secrets", "--as=system:serviceaccount:default:robot")
+    with pytest.raises(AssertionError, match="the sandbox reads Role as JSON or YAML only"):
+        await kubectl("create", "role", "r", "--verb=get", "--resource=pods")
+    await kubectl("create", "namespace", "n")
+    assert "deleted" in await kubectl("delete", "namespace", "n")
+
+
+async def test_kubectl_follows_a_table(kubectl: Kubectl, server: ApiServer, api: client.ApiClient) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *("kubectl", "get", "configmaps", "--watch", "--no-headers"), stdout=subprocess.PIPE, env=kubectl.env
+    )
+    assert process.stdout is not None
+    try:
+        assert (await asyncio.wait_for(process.stdout.readline(), 30)).split()[:2] == [b"kube-root-ca.crt", b"1"]
+        body = {"metadata": {"name": "new"}, "data": {"a": "1", "b": "2"}}
+        await client.CoreV1Api(api).create_namespaced_config_map("default", body)
+        assert (await asyncio.wait_for(process.stdout.readline(), 30)).split()[:2] == [b"new", b"2"]
+    finally:
+        process.terminate()
+        await asyncio.wait_for(process.wait(), 20)
+
+
+async def test_a_service_account_may_do_what_it_is_granted(server: ApiServer, api: client.ApiClient) -> None:
+    core, rbac = client.CoreV1Api(api), client.RbacAuthorizationV1Api(api)
+    made = await core.create_namespaced_service_account_token(
+        "default", "default", {"spec": {"expirationSeconds": 600}}
+    )
+    configuration = client.Configuration(host=server.url)
+    configuration.ssl_ca_cert = str(server.kubeconfig.parent / "ca.crt")
+    configuration.api_key["authorization"] = f"Bearer {made.status.token}"
+    async with client.ApiClient(configuration) as theirs:
+        account = client.CoreV1Api(theirs)
+        with pytest.raises(client.ApiException) as caught:
+            await account.list_namespaced_config_map("default")
+        assert caught.value.status == 403
+        assert 'cannot list resource "configmaps" in API group ""' in json.loads(caught.value.body)["message"]
+        rules = [{"apiGroups": [""], "resources": ["configmaps"], "verbs": ["list"]}]
+        await rbac.create_namespaced_role("default", {"metadata": {"name": "r"}, "rules": rules})
+        subjects = [{"kind": "ServiceAccount", "name": "default", "namespace": "default"}]
+        ref = {"kind": "Role", "name": "r", "apiGroup": "rbac.authorization.k8s.io"}
+        binding = {"metadata": {"name": "r"}, "roleRef": ref, "subjects": subjects}
+        await rbac.create_namespaced_role_binding("default", binding)
+        assert (await account.list_namespaced_config_map("default")).items
+        with pytest.raises(client.ApiException) as caught:
+            await account.list_namespaced_config_map("kube-system")
+        assert caught.value.status == 403
+        configuration.api_key["authorization"] = "Bearer nonsense"
+        with pytest.raises(client.ApiException) as caught:
+            await account.list_namespaced_config_map("default")
+        assert caught.value.status == 401
+
+
 OPERATOR = """
 import kopf
 
