@@ -74,9 +74,9 @@ async def operate(settings: Settings) -> None:
         clusterwide=not settings.namespaces,
         namespaces=settings.namespaces,
         liveness_endpoint=f"http://{host}:{port}/healthz" if port else None,
-        stop_flag=controller.failed,
+        stop_flag=controller.over,
     )
-    if controller.failed.is_set():
+    if controller.failed:
         raise SystemExit(1)
 
 

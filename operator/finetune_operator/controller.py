@@ -28,8 +28,9 @@ class Controller:
     def __init__(self, settings: Settings, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.settings = settings
         self.metrics = Metrics()
-        self.failed = asyncio.Event()
-        """Set where a part of the controller ended that never should: the process is to end then."""
+        self.over = asyncio.Event()
+        """The process is to end: it was told to stop, or a part of the controller ended that never should."""
+        self.failed = False
         self._clock = clock
         self._queue: WorkQueue[Key] = WorkQueue(self._work, on_failure=self._failure)
         self._seen: dict[Key, int] = {}
@@ -51,6 +52,8 @@ class Controller:
             self._stack.push_async_callback(_cancel, task)
 
     async def stop(self) -> None:
+        # kopf waits some seconds for its own task that waits for this flag, even where a signal ended it.
+        self.over.set()
         await self._stack.aclose()
 
     def on_job(self, kind: str | None, raw: Object) -> None:
@@ -150,7 +153,8 @@ class Controller:
     def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled():
             logger.error("%s ended, and with it the operator", task.get_name(), exc_info=task.exception())
-            self.failed.set()
+            self.failed = True
+            self.over.set()
 
 
 def fingerprint(raw: Object) -> int:
