@@ -107,6 +107,13 @@ def test_bad_rows_say_what_is_wrong(form: str, row: dict[str, Any], text: str) -
         to_example(row, form, None, None, False)
 
 
+def test_a_column_that_the_spec_names_must_be_there() -> None:
+    row = {"prompt": "q", "completion": "a", "sys": None}
+    assert to_example(row, "PromptCompletion", Columns(system="sys"), None, True) == Chat((USER, ANSWER))
+    with pytest.raises(BadRow, match="the column 'syst' is missing; found completion, prompt, sys"):
+        to_example(row, "PromptCompletion", Columns(system="syst"), None, True)
+
+
 def test_content_is_equal_whatever_its_white_space_and_composition() -> None:
     one, two = Pair("a  b\n", "caf\u00e9"), Pair("a b", "cafe\u0301 ")
     assert content_hash(one) == content_hash(two)

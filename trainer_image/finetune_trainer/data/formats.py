@@ -188,8 +188,10 @@ def _text(row: Mapping[str, Any], role: str, columns: Columns | None) -> str:
 
 
 def _optional(row: Mapping[str, Any], role: str, columns: Columns | None) -> str:
+    """The text of a column that need not be there, unless the spec names it."""
     name = column_of(role, columns, row)
-    if name is None or row.get(name) is None:
+    named = getattr(columns, role, None) is not None
+    if name is None or (row.get(name) is None and (name in row or not named)):
         return ""
     return _text(row, role, columns).strip()
 
