@@ -36,10 +36,12 @@ lint: setup
 generate: setup
 	$(BIN)/finetune crds --directory crds
 	cp crds/*.yaml charts/finetune-operator/crds/
+	$(BIN)/python tools/filemap.py
 
 verify: lint generate
-	git diff --exit-code -- crds charts
-	@test -z "$$(git status --porcelain -- crds charts)" || (git status --short -- crds charts; exit 1)
+	@test -z "$$(git status --porcelain -- crds charts README.md)" || \
+	  { git diff -- crds charts README.md; git status --short -- crds charts README.md; \
+	    echo "generated files differ from their sources: run make generate and commit what it writes" >&2; exit 1; }
 
 bench: bench-operator
 
