@@ -105,6 +105,11 @@ def validate(crd: Obj, old: Obj | None) -> list[Cause]:
 def _version(version: Obj, path: str, shared: str) -> list[Cause]:
     if (version.get("subresources") or {}).get("scale"):
         return [not_allowed(f"{path}.subresources.scale", "the sandbox does not serve scale")]
+    for i, column in enumerate(version.get("additionalPrinterColumns") or ()):
+        try:
+            json_path(column["jsonPath"], column["type"])
+        except (KeyError, ValueError) as error:
+            return [wrong(f"{path}.additionalPrinterColumns[{i}].jsonPath", column.get("jsonPath", ""), str(error))]
     root = (version.get("schema") or {}).get("openAPIV3Schema")
     where = f"{shared or path + '.schema'}.openAPIV3Schema"
     if not isinstance(root, dict):

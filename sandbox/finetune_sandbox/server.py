@@ -34,12 +34,13 @@ from finetune_sandbox.errors import (
 )
 from finetune_sandbox.kinds import BUILTIN, DEFAULTS
 from finetune_sandbox.lists import Lister
+from finetune_sandbox.logs import LogSource
 from finetune_sandbox.registry import Call, DeleteOptions, Registry
 from finetune_sandbox.requests import Route, parse_path, wants_table
 from finetune_sandbox.resources import Kinds
 from finetune_sandbox.reviews import Reviews
 from finetune_sandbox.store import Entry, Store, dump
-from finetune_sandbox.subresources import LogSource, Subresources
+from finetune_sandbox.subresources import Subresources
 
 log = logging.getLogger(__name__)
 MAX_BODY = 3 * 1024 * 1024

@@ -98,6 +98,7 @@ class Table:
         self._floor = 0  # the revision of the newest forgotten event
         self._history = history
         self._watchers: set[asyncio.Event] = set()
+        self._closed = False
 
     def get(self, namespace: str, name: str) -> Entry | None:
         return self.spaces.get(namespace, {}).get(name)
@@ -145,6 +146,11 @@ class Table:
         self._events.clear()
         self._floor = rev
 
+    def close(self) -> None:
+        self._closed = True
+        for watcher in self._watchers:
+            watcher.set()
+
     def cursor(self, rev: int) -> int:
         """The position of the first event after `rev`. Raises ApiError 410 where that is forgotten."""
         if rev < self._floor:
@@ -163,6 +169,8 @@ class Table:
                 batch = self._events[cursor - self._base :]
                 cursor += len(batch)
                 if not batch:
+                    if self._closed:
+                        return
                     wake.clear()
                     try:
                         await asyncio.wait_for(wake.wait(), idle())
@@ -191,7 +199,8 @@ class Store:
         return table
 
     def drop(self, resource: str) -> None:
-        del self.tables[resource]
+        """Ends a resource and the watches of it."""
+        self.tables.pop(resource).close()
 
     def get(self, resource: str, namespace: str, name: str) -> Entry | None:
         return self.tables[resource].get(namespace, name)

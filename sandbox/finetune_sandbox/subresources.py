@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -108,11 +108,22 @@ class Subresources:
 
     def _evict(self, resource: Resource, route: Route, body: Obj, call: Call) -> Obj:
         entry = self.registry.get(resource, route.namespace, route.name)
-        for budget in self.store.tables["poddisruptionbudgets.policy"].select(Filter(route.namespace)):
-            if from_label_selector(budget.obj["spec"].get("selector") or {}).matches(entry.labels):
-                _spend(budget.obj)
+        budgets = self.registry.kinds.by_key["poddisruptionbudgets.policy"]
+        spent = [
+            budget
+            for budget in self.registry.select(budgets, Filter(route.namespace))
+            if from_label_selector(budget.obj["spec"].get("selector") or {}).matches(entry.labels)
+        ]
+        for budget in spent:
+            _check_budget(budget.obj)
         options = DeleteOptions.parse(body.get("deleteOptions") or {})
         self.registry.delete(resource, route.namespace, route.name, options, call)
+
+        def spend(budget: Obj) -> None:
+            budget["status"]["disruptionsAllowed"] -= 1
+
+        for budget in () if call.dry_run else spent:
+            self.registry.modify(budgets, budget, spend)
         return success(201)
 
     def _finalize(self, resource: Resource, entry: Entry, body: Obj) -> Obj:
@@ -128,9 +139,7 @@ class Subresources:
     ) -> web.StreamResponse:
         if self.log_source is None:
             raise not_implemented("pods/log: no node of the sandbox serves logs")
-        unsupported = {
-            k for k in query if k not in ("container", "follow", "tailLines", "pretty", "insecureSkipTLSVerifyBackend")
-        }
+        unsupported = query.keys() - LOG_OPTIONS
         if any(query[k] not in ("", "false") for k in unsupported):
             raise not_implemented(f"pods/log: the sandbox has no {', '.join(sorted(unsupported))}")
         container = _container(entry.obj, query.get("container", ""))
@@ -153,6 +162,9 @@ class Subresources:
             await response.write_eof()
         except ConnectionError:
             pass  # the reader has left
+        finally:
+            if isinstance(chunks, AsyncGenerator):
+                await chunks.aclose()
         return response
 
 
@@ -170,7 +182,7 @@ def _container(pod: Obj, wanted: str) -> str:
     return wanted
 
 
-def _spend(budget: Obj) -> None:
+def _check_budget(budget: Obj) -> None:
     """Raises ApiError 429. No controller counts disruptions here: a budget allows none until its status is written."""
     status, name = budget.get("status") or {}, budget["metadata"]["name"]
     if status.get("observedGeneration", 0) < budget["metadata"]["generation"]:

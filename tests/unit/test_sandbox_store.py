@@ -111,6 +111,14 @@ async def test_a_watcher_that_falls_behind_is_told_so(store: Store) -> None:
     assert caught.value.code == 410
 
 
+async def test_the_end_of_a_resource_ends_its_watches(store: Store) -> None:
+    watching = asyncio.create_task(collect(store, table(store).cursor(store.rev), 9))
+    await asyncio.sleep(0)
+    store.put("pods", made("x"))
+    store.drop("pods")
+    assert await asyncio.wait_for(watching, 5) == [("ADDED", "x")]
+
+
 def test_an_object_that_leaves_a_selection_is_deleted_for_its_watcher(store: Store) -> None:
     want = Filter("", parse_labels("app=web"))
     store.put("pods", made("x", app="web"))
