@@ -25,6 +25,7 @@ KINDS: dict[str, type[FineTuneJob] | type[FineTuneProfile]] = {
     "FineTuneProfile": FineTuneProfile,
 }
 UNKNOWN = "this field does not exist"
+MAX_LABEL = 63
 PATTERNS = {
     model.S3_URI: "must be s3://bucket/key or s3://bucket/prefix/",
     model.MODEL_URI: "must be s3://bucket/prefix/, hf://org/name@revision or pvc://claim/path",
@@ -108,7 +109,17 @@ def _beyond(parsed: FineTuneJob | FineTuneProfile, profile: FineTuneProfile | No
     """Of an object that is well-formed: what this version cannot do, and what the profile does not allow."""
     if isinstance(parsed, FineTuneProfile):
         return support.unsupported_profile(parsed.spec)
-    return support.unsupported(parsed.spec) + (list(against_profile(parsed, profile)) if profile else [])
+    return [*support.unsupported(parsed.spec), *_labels(parsed)] + (
+        list(against_profile(parsed, profile)) if profile else []
+    )
+
+
+def _labels(job: FineTuneJob) -> Iterator[Problem]:
+    """What becomes a label is shorter than a name may be."""
+    queue = job.spec.queue
+    for field, value in (("name", queue and queue.name), ("priorityClassName", queue and queue.priority_class_name)):
+        if value and len(value) > MAX_LABEL:
+            yield Problem(("spec", "queue", field), f"has {len(value)} characters; at most {MAX_LABEL} are allowed")
 
 
 def against_profile(job: FineTuneJob, profile: FineTuneProfile) -> Iterator[Problem]:
