@@ -79,6 +79,8 @@ def start(devices: Devices, zero: bool) -> Ranks:
             Reason.RANK_FAILED, f"WORLD_SIZE: found {world_size}; the job asked for {devices.world_size} processes"
         )
     device = _device(devices, local_rank)
+    # accelerate imports DeepSpeed in any case, which would look for a GPU and warn.
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
     address = os.environ.get("FINETUNE_POD_IP", os.environ["MASTER_ADDR"])
     _bind_gloo(address)
     dist.init_process_group(
@@ -167,7 +169,6 @@ def _interface_of(address: str) -> str | None:
 
 
 def _start_deepspeed(device: torch.device) -> None:
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
     import deepspeed
     from deepspeed.ops import __compatible_ops__
 

@@ -293,14 +293,16 @@ def main() -> int:
         traceback.print_exc()
         write_outcome(work.outcome(rank), message := end.message(rank, error))
         reporter.close()
-        # The peers may be gone: taking the process group down by the book could wait for them.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(message.exit_code)
+        return message.exit_code
     write_outcome(work.outcome(rank), end.message(rank, None))
     reporter.close()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Everything is said. After a failure the peers may be gone, and an orderly end could wait for them for ever; after
+    # success it would only give back, piece by piece, what the kernel takes at once.
+    os._exit(code)
