@@ -136,6 +136,16 @@ def test_wrong_credentials_are_named(
     assert caught.value.reason == Reason.STORAGE_DENIED
 
 
+def test_missing_credentials_are_told(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in s3.environment:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with make_store(s3.endpoint) as store, pytest.raises(FineTuneError, match="no complete credentials") as caught:
+        store.pin("s3://bucket/x")
+    assert caught.value.reason == Reason.STORAGE_DENIED
+
+
 def test_an_endpoint_that_is_not_there_is_named(store: Store) -> None:
     endpoint = f"http://127.0.0.1:{unused_port()}"
     with make_store(endpoint) as other, pytest.raises(FineTuneError, match=r"127.0.0.1:.* cannot be reached") as caught:

@@ -29,12 +29,16 @@ def test_the_format_is_found_out(row: dict[str, Any], columns: Columns | None, f
     assert detect([row], columns) == form
 
 
+def test_a_row_that_lacks_a_column_does_not_hide_the_format() -> None:
+    assert detect([{"text": ""}, {"text": ""}, {"body": ""}], None) == "Text"
+
+
 @pytest.mark.parametrize(
     ("rows", "text"),
     [
         ([{"a": 1, "b": 2}], "found the columns a, b, which fit no format"),
         ([{"messages": [], "text": ""}], "fit Messages and Text"),
-        ([{"text": ""}, {"prompt": ""}], "found the columns no column that all rows have, which fit no format"),
+        ([{"text": ""}, {"prompt": ""}], "found the columns prompt, text, which fit no format"),
     ],
 )
 def test_what_is_not_clear_is_not_guessed(rows: list[dict[str, Any]], text: str) -> None:

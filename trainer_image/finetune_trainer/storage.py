@@ -85,8 +85,11 @@ class Store:
         # A session of its own: boto3's default one keeps the first credentials that it saw.
         self._client: Any = boto3.session.Session().client(
             "s3",
-            endpoint_url=config.endpoint or os.environ.get("AWS_ENDPOINT_URL"),
-            region_name=config.region or os.environ.get("AWS_REGION") or "us-east-1",
+            endpoint_url=config.endpoint or os.environ.get("AWS_ENDPOINT_URL") or None,
+            region_name=config.region
+            or os.environ.get("AWS_REGION")
+            or os.environ.get("AWS_DEFAULT_REGION")
+            or "us-east-1",
             config=Config(
                 max_pool_connections=2 * PARTS_AT_ONCE,
                 connect_timeout=min(10.0, timeout),

@@ -84,7 +84,8 @@ def _explain_answer(error: ClientError, action: str, uri: str) -> FineTuneError:
         return changed(uri, action)
     message = str(error.response.get("Error", {}).get("Message", "")).strip()
     said = f"{code}: {message}" if message and message != code else code
-    if 300 <= status < 500 and status not in RETRYABLE_STATUS:
+    # 501: the store does not know the operation, and will not know it the next time.
+    if (300 <= status < 500 and status not in RETRYABLE_STATUS) or status == 501:
         return FineTuneError(Reason.STORAGE_DENIED, f"cannot {action} {uri}: the store refused with {said}")
     return FineTuneError(Reason.STORAGE_UNAVAILABLE, f"cannot {action} {uri}: the store failed with {said}")
 

@@ -75,20 +75,24 @@ def column_of(role: str, columns: Columns | None, present: Iterable[str]) -> str
 
 
 def detect(rows: Sequence[Mapping[str, Any]], columns: Columns | None) -> str:
-    """The one format that the columns of all `rows` fit. Raises Ambiguous."""
-    present = set.intersection(*(set(row) for row in rows)) if rows else set()
+    """The one format that the columns of most `rows` fit. Raises Ambiguous."""
     if columns is not None:
         mapped = [name for name in FORMATS if any(getattr(columns, role) is not None for role in NEEDED[name])]
         if len(mapped) == 1:
             return mapped[0]
-    fits = [name for name in FORMATS if all(column_of(role, columns, present) in present for role in NEEDED[name])]
+    # Most and not all: a row that lacks a column is to be named, and is no reason to know nothing.
+    fits = [name for name in FORMATS if 2 * sum(_fits(row, name, columns) for row in rows) > len(rows)]
     if len(fits) == 1:
         return fits[0]
-    found = ", ".join(sorted(map(str, present))[:20]) or "no column that all rows have"
+    found = ", ".join(sorted({str(name) for row in rows for name in row})[:20]) or "none"
     if not fits:
         needs = "; ".join(f"{name} needs {' and '.join(NEEDED[name])}" for name in FORMATS)
         raise Ambiguous(f"found the columns {found}, which fit no format ({needs}); set format, or columns")
     raise Ambiguous(f"found the columns {found}, which fit {' and '.join(fits)}; set format to one of them")
+
+
+def _fits(row: Mapping[str, Any], form: str, columns: Columns | None) -> bool:
+    return all(column_of(role, columns, row) in row for role in NEEDED[form])
 
 
 def to_example(
