@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +163,7 @@ async def test_what_is_not_served_says_so(server: ApiServer, api: client.ApiClie
     template = {"metadata": {"labels": {"a": "b"}}, "spec": pod("p")["spec"]}
     deployment = {"metadata": {"name": "d"}, "spec": {"selector": {"matchLabels": {"a": "b"}}, "template": template}}
     hooks = client.AdmissionregistrationV1Api(api)
-    refused = (
+    refused: tuple[Callable[[], Awaitable[Any]], ...] = (
         lambda: core.read_namespaced_pod_log("p", "default"),
         lambda: core.connect_get_namespaced_pod_exec("p", "default", command=["sh"]),
         lambda: client.AppsV1Api(api).create_namespaced_deployment("default", deployment),

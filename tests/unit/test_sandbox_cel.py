@@ -68,7 +68,7 @@ def test_every_broken_rule_is_reported_with_its_path_reason_and_message() -> Non
 
 
 def test_transition_rules_run_on_update_only() -> None:
-    frozen = {**TEXT, "x-kubernetes-validations": [{"rule": "self == oldSelf", "message": "frozen"}]}
+    frozen: dict[str, Any] = {**TEXT, "x-kubernetes-validations": [{"rule": "self == oldSelf", "message": "frozen"}]}
     schema = {"type": "object", "properties": {"spec": {"type": "object", "properties": {"a": frozen}}}}
     assert check(schema, {"a": "x"}) == []
     assert check(schema, {"a": "x"}, {"a": "x"}) == []
@@ -77,7 +77,7 @@ def test_transition_rules_run_on_update_only() -> None:
 
 
 def test_transition_rules_follow_the_keys_of_a_map_list() -> None:
-    item = {"type": "object", "properties": {"name": TEXT, "n": WHOLE}}
+    item: dict[str, Any] = {"type": "object", "properties": {"name": TEXT, "n": WHOLE}}
     item["x-kubernetes-validations"] = [{"rule": "self.n >= oldSelf.n", "message": "n never shrinks"}]
     parts = {"type": "array", "items": item, "x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}
     schema = {"type": "object", "properties": {"spec": {"type": "object", "properties": {"parts": parts}}}}

@@ -124,13 +124,13 @@ def crd(spec: dict[str, Any], **version: Any) -> dict[str, Any]:
     body = {"openAPIV3Schema": {"type": "object", "properties": {"spec": spec}}}
     versions = [{"name": "v1", "served": True, "storage": True, "schema": body} | version]
     names = {"plural": "xs", "kind": "X"}
-    made = {
+    definition: dict[str, Any] = {
         "metadata": {"name": "xs.example.com"},
         "spec": {"group": "example.com", "scope": "Namespaced", "names": names},
     }
-    made["spec"]["versions"] = versions  # type: ignore[assignment]
-    custom.default(made)
-    return made
+    definition["spec"]["versions"] = versions
+    custom.default(definition)
+    return definition
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
