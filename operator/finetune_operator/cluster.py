@@ -102,8 +102,10 @@ class Cluster(Protocol):
     async def delete(self, kind: str, namespace: str, name: str, uid: str, resource_version: str | None = None) -> bool:
         """Deletes exactly this object, its dependants in the background. False: it was gone, or is another by now."""
 
-    async def patch_status(self, namespace: str, name: str, uid: str, patch: Object) -> bool:
-        """One merge patch of a FineTuneJob's status. False: the job is gone, or is another by now."""
+    async def patch_status(
+        self, namespace: str, name: str, uid: str, patch: Object, resource_version: str | None = None
+    ) -> bool:
+        """One merge patch of a FineTuneJob's status. False: the job is gone, or is not at that version any more."""
 
     async def post_event(self, event: Object) -> None:
         """Creates an Event, or counts up the one of the same name."""
@@ -119,7 +121,7 @@ class Cluster(Protocol):
         """The FineTuneJob, or None."""
 
     async def patch_trainer_status(self, namespace: str, name: str, uid: str, trainer_status: Object) -> bool:
-        """Merge-patches status.trainerStatus and nothing else. False: the job is gone, or is another by now."""
+        """Merge-patches status.trainerStatus and nothing else. False: the job is gone."""
 
 
 Method = Literal["GET", "POST", "PATCH", "DELETE"]
@@ -187,9 +189,13 @@ class KubeCluster:
         }
         return await self._unless_gone(self._call("DELETE", _path(kind, namespace, name), {}, options))
 
-    async def patch_status(self, namespace: str, name: str, uid: str, patch: Object) -> bool:
-        # The UID makes the server refuse a patch that was meant for an earlier job of the same name.
-        body = {"metadata": {"uid": uid}, "status": patch}
+    async def patch_status(
+        self, namespace: str, name: str, uid: str, patch: Object, resource_version: str | None = None
+    ) -> bool:
+        # kube-apiserver looks at no UID in a patch of a custom resource's status, but it does look at the version, and
+        # a later job of the same name never has that of an earlier one.
+        version = {"resourceVersion": resource_version} if resource_version else {}
+        body = {"metadata": {"uid": uid} | version, "status": patch}
         path = _path("FineTuneJob", namespace, name) + "/status"
         return await self._unless_gone(self._call("PATCH", path, {"fieldManager": FIELD_MANAGER}, body))
 
@@ -285,7 +291,8 @@ class KubeCluster:
         except ValueError:
             answer = {"message": data[:200].decode(errors="replace")}
         if not 200 <= status < 300:
-            raise ApiError(status, answer.get("reason") or str(status), f"{method} {path}: {answer.get('message', '')}")
+            told = answer if isinstance(answer, dict) else {"message": str(answer)}
+            raise ApiError(status, told.get("reason") or str(status), f"{method} {path}: {told.get('message', '')}")
         return answer
 
 

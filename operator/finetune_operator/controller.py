@@ -100,8 +100,11 @@ class Controller:
     def _failure(self, key: Key, error: Exception) -> None:
         self.metrics.queue_retries.inc()
         extra = {"namespace": key[0], "job": key[1]}
+        if isinstance(error, NotYet):
+            logger.info("not yet: %s", error, extra=extra)
+            return
         # A refusal is one line; a mistake of ours needs its stack.
-        stack = None if isinstance(error, ApiError | NotYet) else error
+        stack = None if isinstance(error, ApiError) else error
         logger.warning("tried again later: %s", error or type(error).__name__, exc_info=stack, extra=extra)
 
     async def _resync_forever(self) -> None:

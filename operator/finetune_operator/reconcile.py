@@ -56,8 +56,10 @@ async def reconcile(
         created = [await _create(cluster, subject, manifest) for manifest in decided.create]
     except Collision as error:
         created, decided = [], collision(subject, error.kind, error.name, clock())
-    if change := patch(subject.status, with_uids(decided.status, created)):
-        await cluster.patch_status(*key, subject.uid, change)
+    change = patch(subject.status, with_uids(decided.status, created))
+    if change and not await cluster.patch_status(*key, subject.uid, change, subject.resource_version):
+        # Whatever is to be deleted or told must be recorded first.
+        raise NotYet("the job changed meanwhile")
     for kind, name, uid, version in decided.delete:
         await cluster.delete(kind, key[0], name, uid, version)
     await _tell(cluster, subject, decided, clock())

@@ -167,9 +167,13 @@ class World:
         self._wrote()
         return True
 
-    async def patch_status(self, namespace: str, name: str, uid: str, patch: Object) -> bool:
-        if uid != self.job["metadata"]["uid"]:
+    async def patch_status(
+        self, namespace: str, name: str, uid: str, patch: Object, resource_version: str | None = None
+    ) -> bool:
+        meta = self.job["metadata"]
+        if self.gone or meta["uid"] != uid or resource_version not in (None, meta["resourceVersion"]):
             return False
+        self.changed()
         self.job["status"] = merge(self.job.get("status", {}), patch)
         self._wrote()
         return True
@@ -214,6 +218,11 @@ class World:
     def set_policy(self, **members: Any) -> None:
         self.job["spec"].setdefault("runPolicy", {}).update(members)
         self.job["metadata"]["generation"] += 1
+        self.changed()
+
+    def changed(self) -> None:
+        """Somebody wrote the FineTuneJob."""
+        self.job["metadata"]["resourceVersion"] = str(int(self.job["metadata"]["resourceVersion"]) + 1)
 
     @property
     def status(self) -> FineTuneJobStatus:

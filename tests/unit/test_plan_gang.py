@@ -187,3 +187,21 @@ async def test_a_permanent_end_is_final() -> None:
     assert failed.reason == "Diverged"
     assert "loss is NaN at step 12" in (world.status.message or "")
     assert world.names("Job") == ["support-bot-0", "support-bot-prepare"]
+
+
+async def test_nothing_is_deleted_or_told_that_is_not_recorded() -> None:
+    world = await started(World(make_job().build()))
+    world.set_policy(suspend=True)
+    patch_status, told = world.patch_status, len(world.events)
+
+    async def overtaken(*args: Any) -> bool:
+        world.changed()
+        return await patch_status(*args)
+
+    world.patch_status = overtaken  # type: ignore[method-assign]
+    with pytest.raises(NotYet):
+        await world.reconcile()
+    assert (world.deleted, len(world.events)) == ([], told)
+    world.patch_status = patch_status  # type: ignore[method-assign]
+    await world.settle()
+    assert world.deleted == ["Job/support-bot-0"]
