@@ -121,7 +121,10 @@ class Controller:
         async for raw in self._cluster.list_jobs(self.settings.namespaces):
             if self._listed and _at_rest(raw):
                 continue
-            self._queue.add((raw["metadata"]["namespace"], raw["metadata"]["name"]))
+            key = raw["metadata"]["namespace"], raw["metadata"]["name"]
+            # Known by now: the watch begins with the same objects.
+            self._seen[key] = fingerprint(raw)
+            self._add(key)
         self._listed = True
 
     async def _start_servers(self) -> None:

@@ -228,10 +228,16 @@ class _Builder:
     def job(
         self, template: Object, *, pods: int, retries: int, policy: list[Object], labels: dict[str, str], suspend: bool
     ) -> Object:
+        # Under what it runs, for whoever asks later: profiles change.
+        annotations = {
+            "finetune.dev/profile": self.profile.metadata.name,
+            "finetune.dev/profile-generation": str(self.profile.metadata.generation),
+            "finetune.dev/spec-sha256": spec_sha256(self.owner.spec),
+        }
         return {
             "apiVersion": "batch/v1",
             "kind": "Job",
-            "metadata": self.meta(labels),
+            "metadata": {**self.meta(labels), "annotations": annotations},
             "spec": {
                 "completionMode": "Indexed",
                 "completions": pods,
