@@ -148,4 +148,7 @@ def test_collation() -> None:
     assert batch["position_ids"].tolist()[0][:8] == [0, 1, 2, 0, 1, 0, 1, 2]
     assert batch["position_ids"].tolist()[1][:10] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 0]
     assert "attention_mask" not in batch
+    flat = collate(examples, [np.array([0, 1]), np.array([2])], packed=True, flat=True)
+    assert {name: tensor.shape for name, tensor in flat.items()} == dict.fromkeys(batch, (1, 32))
+    assert flat["position_ids"].flatten().tolist() == batch["position_ids"].flatten().tolist()
     assert "position_ids" not in collate(examples, [np.array([0])], packed=False)

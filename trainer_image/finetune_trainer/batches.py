@@ -213,12 +213,14 @@ class Plan:
         return np.concatenate(passes)[start - first * len(ids) : stop - first * len(ids)]
 
 
-def collate(examples: Examples, rows: Sequence[Ints], packed: bool, multiple: int = 8) -> Batch:
+def collate(examples: Examples, rows: Sequence[Ints], packed: bool, flat: bool = False, multiple: int = 8) -> Batch:
     """Rows as tensors (batch, length), padded on the right to a multiple of `multiple`.
 
     There is no attention mask: under causal attention no token sees the padding to its right, and without a mask the
     fastest kernels apply. Packed rows carry `position_ids` that restart with each example, which is how transformers
     keeps them apart; padding is one more example then. The first label of an example is not learned.
+
+    `flat`: packed rows end to end as one, (1, batch * length): the only form in which flash attention keeps them apart.
     """
     longest = max(sum(int(examples.lengths[i]) for i in row) for row in rows)
     width = max(multiple, -(-longest // multiple) * multiple)
@@ -239,16 +241,16 @@ def collate(examples: Examples, rows: Sequence[Ints], packed: bool, multiple: in
     batch = {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
     if packed:
         batch["position_ids"] = torch.from_numpy(positions)
-    return batch
+    return {name: tensor.reshape(1, -1) for name, tensor in batch.items()} if packed and flat else batch
 
 
 class MicroBatches:
     """This rank's micro-batches from step `first_step` on: what the Trainer iterates over as its data loader."""
 
     def __init__(
-        self, plan: Plan, examples: Examples, *, rank: int, world_size: int, micro_batch: int, packed: bool
+        self, plan: Plan, examples: Examples, *, rank: int, world_size: int, micro_batch: int, packed: bool, flat: bool
     ) -> None:
-        self.plan, self.examples, self.packed = plan, examples, packed
+        self.plan, self.examples, self.packed, self.flat = plan, examples, packed, flat
         self.rank, self.world_size, self.micro_batch = rank, world_size, micro_batch
         self.first_step = 0
 
@@ -260,4 +262,4 @@ class MicroBatches:
             items = torch.tensor(self.plan.trained_tokens(step))
             for ids in self.plan.micro_steps(step, self.rank, self.world_size, self.micro_batch):
                 rows = [self.plan.rows.examples(int(row)) for row in ids]
-                yield collate(self.examples, rows, self.packed) | {"num_items": items}
+                yield collate(self.examples, rows, self.packed, self.flat) | {"num_items": items}

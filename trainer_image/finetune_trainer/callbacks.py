@@ -164,5 +164,5 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             tokens_per_second=round(entry["tokens_per_second"]),
             remaining_seconds=None if remaining is None else round(remaining),
         )
-        metrics = {name: value for name, value in entry.items() if name != "step"}
+        metrics = self._journal.before | {name: value for name, value in entry.items() if name != "step"}
         self._reporter.progress(state.global_step, state.max_steps, metrics, remaining)

@@ -3,7 +3,7 @@
 import importlib.util
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -35,19 +35,24 @@ def load_tokenizer(path: Path) -> Any:
     return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 
-def load_model(path: Path, dtype: torch.dtype, device: torch.device | None) -> Any:
+def attention_of(dtype: torch.dtype, devices: Devices) -> Literal["flash_attention_2", "sdpa"]:
+    """flash-attention where the image has it and the weights are of a kind that it computes in."""
+    flash = devices.kind == "CUDA" and dtype != torch.float32 and importlib.util.find_spec("flash_attn") is not None
+    return "flash_attention_2" if flash else "sdpa"
+
+
+def load_model(path: Path, dtype: torch.dtype, attention: str, device: torch.device | None) -> Any:
     """A causal language model from safetensors; code that comes with a model is never run. Raises ModelInvalid.
 
     `device`: where each weight goes as it is read; None leaves it to DeepSpeed, which partitions as it reads.
     """
     on_gpu = device is not None and device.type == "cuda"
-    flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
     try:
         return AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
             device_map={"": device} if on_gpu else None,
-            attn_implementation="flash_attention_2" if flash else "sdpa",
+            attn_implementation=attention,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
@@ -92,13 +97,15 @@ def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def assert_packing(forward: Any, device: torch.device) -> None:
+def assert_packing(forward: Any, flat: bool, device: torch.device) -> None:
     """Packed examples must not see each other: the second's logits may not depend on the first. Raises InvalidSpec."""
     second = [5, 6, 7, 8]
     ids = torch.tensor([[1, 2, 3, *second], [4, 3, 1, *second]], device=device)
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]], device=device).expand(2, -1)
+    if flat:
+        ids, positions = ids.reshape(1, -1), positions.reshape(1, -1)
     with torch.no_grad():
-        logits = forward(input_ids=ids, position_ids=positions).logits[:, 3:].float()
+        logits = forward(input_ids=ids, position_ids=positions).logits.reshape(2, 7, -1)[:, 3:].float()
     difference = float((logits[0] - logits[1]).abs().max())
     if difference > 1e-3 * max(1.0, float(logits.abs().max())):
         raise FineTuneError(

@@ -34,18 +34,18 @@ class Server:
     """Where to report to: KUBEFLOW_TRAINER_SERVER_URL, …_CA_CERT and …_TOKEN (both files)."""
 
     def __init__(self, url: str, token: Path | None, ca: Path | None) -> None:
-        self._url, self._token = url, token
-        self._tls = ssl.create_default_context(cafile=str(ca) if ca else None) if url.startswith("https://") else None
+        self._url, self._token, self._ca = url, token, ca
 
     def post(self, status: TrainerStatus) -> None:
         """Raises OSError (urllib's errors are) where it was not taken."""
         headers = {"Content-Type": "application/json"}
         if self._token:
-            # Read anew each time: the kubelet replaces a projected token long before it expires.
+            # Token and CA are read anew each time: the kubelet replaces a projected token long before it expires.
             headers["Authorization"] = f"Bearer {self._token.read_text().strip()}"
         body = json.dumps(ProgressReport(trainer_status=status).to_json()).encode()
+        tls = ssl.create_default_context(cafile=self._ca) if self._url.startswith("https://") else None
         request = urllib.request.Request(self._url, data=body, headers=headers, method="POST")
-        with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS, context=self._tls) as answer:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS, context=tls) as answer:
             answer.read()
 
 

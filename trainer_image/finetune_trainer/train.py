@@ -56,14 +56,15 @@ def train(config: RunConfig, work: WorkDir, signals: Signals, reporter: Reporter
     dtype = model.dtype_of(spec, config.devices)
     args = make_arguments(config, work, data.plan, dtype)
     place = ranks.device if sizing.strategy != "ZeRO3" else None
-    base = model.load_model(work.model, dtype, place)
+    attention = model.attention_of(dtype, config.devices)
+    base = model.load_model(work.model, dtype, attention, place)
     tuned = model.tune(base, spec.tuning, spec.base_model.uri, spec.training.seed, sizing.gradient_checkpointing)
 
     checkpoints = Checkpoints(store, config.scratch_uri, work, config.spec_sha256, ranks, spec.checkpoint.keep)
     checkpoints.on_uploaded = reporter.checkpoint
     resumed = checkpoints.newest()
     end.journal = journal = Journal(resumed.saved if resumed else None)
-    trainer = TRAINERS[spec.method.type](tuned, args, micro_batches(config, data, ranks))
+    trainer = TRAINERS[spec.method.type](tuned, args, micro_batches(config, data, ranks, attention))
     steering = steer(trainer, config, data, ranks, signals, reporter, checkpoints, journal, resumed)
 
     trainer.train()
@@ -76,6 +77,7 @@ def train(config: RunConfig, work: WorkDir, signals: Signals, reporter: Reporter
 
     reporter.phase("Evaluating")
     metrics = journal.before | journal.after() | figures(trainer, data, ranks, sizing, "")
+    reporter.progress(journal.step, data.plan.total_steps, metrics, 0)
     reporter.phase("Saving")
     parameters, _, _ = state.capture(trainer)
     distributed.stop(ranks)
@@ -140,7 +142,7 @@ def make_arguments(config: RunConfig, work: WorkDir, plan: Plan, dtype: torch.dt
     )
 
 
-def micro_batches(config: RunConfig, data: Data, ranks: Ranks) -> MicroBatches:
+def micro_batches(config: RunConfig, data: Data, ranks: Ranks, attention: str) -> MicroBatches:
     return MicroBatches(
         data.plan,
         data.train,
@@ -148,6 +150,7 @@ def micro_batches(config: RunConfig, data: Data, ranks: Ranks) -> MicroBatches:
         world_size=ranks.world_size,
         micro_batch=sizing_of(config).micro_batch_size,
         packed=packed(config),
+        flat=attention == "flash_attention_2",
     )
 
 
@@ -167,7 +170,7 @@ def steer(
 
     def ready() -> None:
         if packed(config):
-            model.assert_packing(trainer.model_wrapped, ranks.device)
+            model.assert_packing(trainer.model_wrapped, trainer.batches.flat, ranks.device)
         if resumed:
             state.restore(trainer, resumed.directory, resumed.saved)
             trainer.start_at(resumed.saved.step)
@@ -290,8 +293,10 @@ def main() -> int:
     try:
         train(read_config(), work, Signals(), reporter, end)
     except Exception as error:
-        traceback.print_exc()
+        if not isinstance(error, FineTuneError):
+            traceback.print_exc()
         write_outcome(work.outcome(rank), message := end.message(rank, error))
+        log.event("rank ended", level="error", reason=message.reason, message=message.message, step=message.step)
         reporter.close()
         return message.exit_code
     write_outcome(work.outcome(rank), end.message(rank, None))
