@@ -85,6 +85,21 @@ async def test_from_the_manifest_to_the_result(live: Scene) -> None:
     assert {"Accepted", "Preparing", "Prepared", "AttemptStarted", "Running", "Complete"} <= reasons
 
 
+@pytest.mark.slow
+async def test_prepare_is_tried_again_for_a_store_that_is_away_and_not_for_bad_data(live: Scene) -> None:
+    await live.submit()
+    await live.reaches("Preparing")
+    away = TerminationMessage(reason=Reason.STORAGE_UNAVAILABLE, message="no answer")
+    await live.end("j-prepare", message=away, code=71)
+    bad = TerminationMessage(reason=Reason.DATA_INVALID, message="s3://data/tickets.jsonl line 7: not JSON")
+    await live.end("j-prepare", message=bad, code=66)
+    status = await live.reaches("Failed")
+    failed = next(c for c in status["conditions"] if c["type"] == "Failed")
+    assert failed["reason"] == "DataInvalid"
+    assert "s3://data/tickets.jsonl line 7: not JSON" in status["message"]
+    assert await live.jobs() == ["j-prepare"]
+
+
 async def test_what_is_not_built_yet_fails_with_its_field_and_no_pod(live: Scene) -> None:
     await live.submit(method={"type": "DPO"})
     status = await live.reaches("Failed")

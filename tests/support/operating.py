@@ -173,9 +173,10 @@ class Scene:
             found = await self.api.items(
                 self.path("pods", api="/api/v1"), labelSelector=f"batch.kubernetes.io/job-name={job}"
             )
-            return [pod for pod in found if "deletionTimestamp" not in pod["metadata"]]
+            over = ("Succeeded", "Failed")
+            return [p for p in found if "deletionTimestamp" not in p["metadata"] and p["status"]["phase"] not in over]
 
-        pods = await eventually(live, f"{count} pods of {job}", until=lambda found: len(found) == count, timeout=20)
+        pods = await eventually(live, f"{count} pods of {job}", until=lambda found: len(found) == count, timeout=40)
         index = "batch.kubernetes.io/job-completion-index"
         return sorted(pods, key=lambda pod: int(pod["metadata"]["annotations"][index]))
 
