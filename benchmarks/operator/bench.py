@@ -320,7 +320,10 @@ def main() -> None:
         results = asyncio.run(run(args))
     except (RuntimeError, ApiError) as error:
         sys.exit(f"bench: {error}")
-    results["command"] = " ".join(["python benchmarks/operator/bench.py", *sys.argv[1:]])
+    results["command"] = (
+        f"python benchmarks/operator/bench.py --jobs {' '.join(map(str, args.jobs))} --idle {args.idle}"
+        f" --repeats {args.repeats} --workers {args.workers}"
+    )
     report.write(args.output, results)
     print((args.output / "results.md").read_text())
 
