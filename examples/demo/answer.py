@@ -25,7 +25,8 @@ def answer(model: PeftModel, tokenizer: AutoTokenizer, question: str) -> str:
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     with torch.no_grad():
         output = model.generate(**inputs, max_new_tokens=48, do_sample=False, repetition_penalty=1.3)
-    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return " ".join(text.split())
 
 
 if __name__ == "__main__":

@@ -105,7 +105,8 @@ def finetune(*arguments: object, quiet: bool = False) -> str:
 
 def python(script: str, *arguments: object) -> None:
     # Nothing may be looked up on the network: what is not here is an error.
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
+    quiet = {"DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore::FutureWarning"}
+    environment = os.environ | quiet | {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     subprocess.run([sys.executable, str(HERE / script), *map(str, arguments)], env=environment, check=True)
 
 
