@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune_api.failures import EXIT_CODES, Reason
+from finetune_api.failures import EXIT_CODES, FineTuneError, Reason
 from finetune_api.manifest import Manifest
 from support.gang import Gang, make_gang, make_tiny_model
 from support.s3 import S3, running_s3
@@ -94,6 +94,21 @@ def test_packed_rows_have_the_loss_of_their_examples(s3: S3, model: Path, tmp_pa
     packed.run()
     assert rows < 20
     assert packed.losses() == pytest.approx(apart.losses(), abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_model_that_lets_packed_examples_see_each_other_is_refused(flat: bool, model: Path) -> None:
+    import torch
+
+    from finetune_trainer.model import assert_packing, load_model
+
+    loaded = load_model(model, torch.float32, "sdpa", None)
+    loaded.config.use_cache = False
+    assert_packing(loaded, flat, torch.device("cpu"))
+    # With a cache transformers takes the rows for one text each.
+    loaded.config.use_cache = True
+    with pytest.raises(FineTuneError, match=r"packing: found true; .*set it to false"):
+        assert_packing(loaded, flat, torch.device("cpu"))
 
 
 def packed_rows(gang: Gang) -> int:
