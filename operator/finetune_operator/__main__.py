@@ -68,16 +68,21 @@ async def operate(settings: Settings) -> None:
     controller = Controller(settings)
     port, host = settings.liveness_port, settings.liveness_host
     logger.info("finetune-operator %s serves %s", operator_version(), " ".join(settings.namespaces) or "all namespaces")
-    await kopf.operator(
-        registry=registry(controller),
-        standalone=True,
-        clusterwide=not settings.namespaces,
-        namespaces=settings.namespaces,
-        liveness_endpoint=f"http://{host}:{port}/healthz" if port else None,
-        stop_flag=controller.over,
-    )
-    if controller.failed:
-        raise SystemExit(1)
+    try:
+        await kopf.operator(
+            registry=registry(controller),
+            standalone=True,
+            clusterwide=not settings.namespaces,
+            namespaces=settings.namespaces,
+            liveness_endpoint=f"http://{host}:{port}/healthz" if port else None,
+            stop_flag=controller.over,
+        )
+    except Exception:
+        # Where we know why, one sentence says it better than kopf's stack.
+        if controller.failure is None:
+            raise
+    if controller.failure:
+        raise SystemExit(controller.failure)
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from urllib.parse import urlencode
 import aiohttp
 from kubernetes.aio.client.api_client import ApiClient
 from kubernetes.aio.client.configuration import Configuration
+from kubernetes.aio.config.config_exception import ConfigException
 from kubernetes.aio.config.incluster_config import load_incluster_config
 from kubernetes.aio.config.kube_config import load_kube_config
 
@@ -33,19 +34,25 @@ class ApiError(Exception):
     """The API server refused: `status` is the HTTP code (0: it was not reached), `reason` that of metav1.Status."""
 
     def __init__(self, status: int, reason: str, message: str) -> None:
-        super().__init__(f"{status} {reason}: {message}")
+        super().__init__(f"{status} {reason}: {message}" if status else f"{reason}: {message}")
         self.status = status
         self.reason = reason
 
 
 async def load_configuration() -> Configuration:
-    """Who we are: `$KUBECONFIG` where it is set, else the pod's ServiceAccount, else ~/.kube/config."""
+    """Who we are: `$KUBECONFIG` where it is set, else the pod's ServiceAccount, else ~/.kube/config.
+
+    Raises ApiError.
+    """
     configuration = Configuration()
-    if in_cluster():
-        load_incluster_config(client_configuration=configuration)
-    else:
-        file = os.environ.get("KUBECONFIG") or None
-        await load_kube_config(file, client_configuration=configuration, persist_config=False)
+    try:
+        if in_cluster():
+            load_incluster_config(client_configuration=configuration)
+        else:
+            file = os.environ.get("KUBECONFIG") or None
+            await load_kube_config(file, client_configuration=configuration, persist_config=False)
+    except ConfigException as error:
+        raise ApiError(0, "NoCredentials", str(error)) from error
     return configuration
 
 

@@ -30,7 +30,8 @@ class Controller:
         self.metrics = Metrics()
         self.over = asyncio.Event()
         """The process is to end: it was told to stop, or a part of the controller ended that never should."""
-        self.failed = False
+        self.failure: str | None = None
+        """Why it ended by itself."""
         self._clock = clock
         self._queue: WorkQueue[Key] = WorkQueue(self._work, on_failure=self._failure)
         self._seen: dict[Key, int] = {}
@@ -39,7 +40,15 @@ class Controller:
         self._listed = False
 
     async def start(self) -> None:
-        """Raises ApiError where the API server does not answer or does not know our kinds."""
+        """Raises ApiError where the API server does not answer or does not know our kinds, TlsError, OSError."""
+        try:
+            await self._start()
+        except Exception as error:
+            self.failure = f"cannot start: {error}"
+            await self.stop()
+            raise
+
+    async def _start(self) -> None:
         configuration = await load_configuration()
         self._cluster = KubeCluster(configuration, timeout=self.settings.api_timeout_seconds, on_call=self._on_call)
         self._stack.push_async_callback(self._cluster.close)
@@ -159,7 +168,7 @@ class Controller:
     def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled():
             logger.error("%s ended, and with it the operator", task.get_name(), exc_info=task.exception())
-            self.failed = True
+            self.failure = f"{task.get_name()} ended"
             self.over.set()
 
 

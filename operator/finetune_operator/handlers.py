@@ -21,7 +21,7 @@ def registry(controller: Controller) -> kopf.OperatorRegistry:
         try:
             await controller.start()
         except (ApiError, TlsError, OSError) as error:
-            raise kopf.PermanentError(f"cannot start: {error}") from error
+            raise kopf.PermanentError(str(error)) from error
 
     @kopf.on.cleanup(registry=handlers)
     async def stop(**_: Any) -> None:

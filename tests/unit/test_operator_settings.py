@@ -1,12 +1,14 @@
 """Settings from the environment, log lines, and which watch events are worth a look."""
 
+import asyncio
 import json
 import logging
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
-from finetune_operator.__main__ import JsonFormatter, PlainFormatter, main
+from finetune_operator.__main__ import JsonFormatter, PlainFormatter, main, operate
 from finetune_operator.controller import fingerprint
 from finetune_operator.settings import Settings
 from support.world import make_job
@@ -35,6 +37,25 @@ def test_a_wrong_setting_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(SystemExit) as caught:
         main()
     assert str(caught.value).startswith("FINETUNE_OPERATOR_WORKERS: found '0'; input should be greater than")
+
+
+CLUSTER = {
+    "current-context": "t",
+    "clusters": [{"name": "t", "cluster": {"server": "http://127.0.0.1:1"}}],
+    "contexts": [{"name": "t", "context": {"cluster": "t", "user": "t"}}],
+    "users": [{"name": "t", "user": {"token": "x"}}],
+}
+
+
+@pytest.mark.parametrize(("kubeconfig", "words"), [({}, "NoCredentials"), (CLUSTER, "Unreachable")])
+@pytest.mark.filterwarnings("ignore:coroutine 'authenticator':RuntimeWarning")  # kopf's, where its startup fails
+def test_a_start_that_fails_is_one_sentence(
+    kubeconfig: object, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "kubeconfig").write_text(json.dumps(kubeconfig))
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
+    with pytest.raises(SystemExit, match=f"cannot start: {words}"):
+        asyncio.run(operate(Settings(tls_folder=tmp_path / "tls")))
 
 
 def test_log_lines_name_the_job() -> None:
