@@ -12,7 +12,7 @@ setup: $(STAMP)
 # imports torch while it builds, so it is built in this environment, without its CUDA operators.
 $(STAMP):
 	$(PYTHON) -m venv .venv
-	$(PIP) setuptools wheel packaging hatchling
+	$(PIP) setuptools wheel packaging hatchling editables
 	$(PIP) torch==2.13.0
 	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
 	$(PIP) --no-build-isolation --editable '.[trainer,sandbox,dev]'
