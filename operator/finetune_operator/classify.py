@@ -81,10 +81,12 @@ def _failure(child: Child, pods: Sequence[Pod], time: datetime.datetime) -> Endi
         return _unseen(child, time)
     end, said = cause.pod.end, cause.said
     code = said.exit_code if said and said.exit_code else end.exit_code if end else None
+    # What the trainer says is a sentence for the user; what is seen from outside needs the pod to be looked at.
+    text = cause.message if said and said.message else f"{cause.pod.name}: {cause.message}"
     return Ending(
         outcome_of(cause.reason),
         cause.reason,
-        f"{cause.pod.name}: {cause.message}"[:2048],
+        text[:2048],
         time,
         exit_code=code,
         rank=said.rank if said else None,
