@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from finetune_api.formats import Kind
 from finetune_api.job import FineTuneJobSpec
 from finetune_api.model import ApiModel, S3Uri, Sha256, ShortText
 from finetune_api.sizing import ModelShape, Sizing
@@ -33,7 +34,13 @@ class PinnedObject(ApiModel):
 
 
 class Shard(ApiModel):
-    """One parquet file of examples: `input_ids` and `labels`, list<int32> of equal length; -100 is not learned."""
+    """One parquet file of examples: `input_ids` and `labels`, list<int32> of equal length; -100 is not learned.
+
+    Further columns by `PreparedData.kind`: Pairs have the chosen answer there and `rejected_input_ids` and
+    `rejected_labels` beside it; Unpaired `desirable` (bool); Classes `label` (string, one of `PreparedData.classes`);
+    Prompts `reference` (string or null). Of Classes and Prompts no label is learned; a prompt ends where the answer
+    begins.
+    """
 
     key: ShortText
     """Relative to the prefix of the index."""
@@ -41,8 +48,9 @@ class Shard(ApiModel):
     dataset: ShortText
     rows: Count
     tokens: Count
+    rejected_tokens: Count = 0
     trained_tokens: Count
-    """Tokens that carry loss."""
+    """Tokens that carry loss, without the rejected answers'."""
     size: Count
     sha256: Sha256
 
@@ -59,11 +67,14 @@ class PreparedData(ApiModel):
     base_model: list[PinnedObject]
     base_model_sha256: Sha256
     model: ModelShape
+    kind: Kind = "Tokens"
+    classes: list[ShortText] = []
+    """Names of the classes, ordered: the place of a name is its number."""
     shards: list[Shard]
     dropped: dict[str, Count] = {}
     """Rows left out, by cause."""
     max_tokens: Count = 0
-    """Length of the longest example."""
+    """Length of the longest sequence."""
 
 
 class PreparedSummary(ApiModel):

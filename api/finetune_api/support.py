@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 
+from finetune_api import formats
 from finetune_api.job import FineTuneJobSpec
 from finetune_api.model import Problem
 from finetune_api.profile import FineTuneProfileSpec
 
-FORMATS = ("Auto", "Messages", "PromptCompletion", "Instruction", "Text")
+FORMATS = ("Auto", *formats.SEQUENCES)
 
 
 def unsupported(spec: FineTuneJobSpec) -> list[Problem]:
@@ -30,8 +31,9 @@ def _unsupported(spec: FineTuneJobSpec) -> Iterator[Problem]:
         yield refuse("tuning", "lora", "scaling", found=spec.tuning.lora.scaling, allowed="Standard only")
     if spec.tuning.lora and spec.tuning.lora.initialization != "Default":
         yield refuse("tuning", "lora", "initialization", found=spec.tuning.lora.initialization, allowed="Default only")
+    yield from formats.problems(spec)
     for index, dataset in enumerate(spec.datasets):
-        if dataset.format not in FORMATS:
+        if dataset.format not in FORMATS and dataset.format in formats.ACCEPTED[spec.method.type]:
             yield refuse("datasets", index, "format", found=dataset.format, allowed=", ".join(FORMATS))
     for name, holdout in (("validation", spec.validation), ("test", spec.test)):
         if holdout and holdout.datasets:

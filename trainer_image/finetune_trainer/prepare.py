@@ -67,8 +67,9 @@ def prepare(config: RunConfig) -> TerminationMessage:
             pipeline.run(source)
         pipeline.close()
         _check_enough(config, pipeline)
+        classes = pipeline.classes()
         store.put_bytes(join(data_uri, "data-report.json"), _report(config, model, pipeline.reports))
-        index = _index(config, model, found, pipeline)
+        index = _index(config, model, found, pipeline, classes)
         data = index.model_dump_json(by_alias=True, exclude_none=True).encode()
         store.put_bytes(join(data_uri, "index.json"), data)
     return TerminationMessage(prepared=_summary(data_uri, index, hashlib.sha256(data).hexdigest()))
@@ -88,6 +89,11 @@ def _check_enough(config: RunConfig, pipeline: Pipeline) -> None:
             Reason.DATA_INVALID,
             f"spec.datasets: {rows:,} training examples are left{tail}; each of the {ranks} processes needs one",
         )
+    verdicts = {name for r in pipeline.reports if "train" in r.splits for name in r.splits["train"].verdicts}
+    if pipeline.kind == "Unpaired" and len(verdicts) < 2:
+        raise FineTuneError(
+            Reason.DATA_INVALID, f"spec.datasets: every answer is {verdicts.pop()}; KTO needs good and bad ones"
+        )
     if config.spec.validation and not _count(pipeline.shards, "validation"):
         log.event("no row fell into the validation split; it will be empty", level="warning", trainExamples=rows)
 
@@ -105,7 +111,9 @@ def _report(config: RunConfig, model: BaseModel, reports: list[DatasetReport]) -
     return json.dumps(value, ensure_ascii=False, indent=1).encode()
 
 
-def _index(config: RunConfig, model: BaseModel, found: list[Source], pipeline: Pipeline) -> PreparedData:
+def _index(
+    config: RunConfig, model: BaseModel, found: list[Source], pipeline: Pipeline, classes: list[str]
+) -> PreparedData:
     dropped: dict[str, int] = {}
     for report in pipeline.reports:
         for cause, count in report.dropped.items():
@@ -118,6 +126,8 @@ def _index(config: RunConfig, model: BaseModel, found: list[Source], pipeline: P
         base_model=model.files,
         base_model_sha256=model.sha256,
         model=model.shape,
+        kind=pipeline.kind,
+        classes=classes,
         shards=pipeline.shards,
         dropped=dropped,
         max_tokens=max(
@@ -135,7 +145,7 @@ def _summary(data_uri: str, index: PreparedData, sha256: str) -> PreparedSummary
         train_examples=_count(index.shards, "train"),
         validation_examples=_count(index.shards, "validation"),
         test_examples=_count(index.shards, "test"),
-        train_tokens=sum(shard.tokens for shard in index.shards if shard.split == "train"),
+        train_tokens=sum(shard.tokens + shard.rejected_tokens for shard in index.shards if shard.split == "train"),
         dropped=sum(index.dropped.values()),
         max_tokens=index.max_tokens,
     )

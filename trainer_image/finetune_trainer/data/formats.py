@@ -1,4 +1,4 @@
-"""PURE: a row of any format -> an example. Messages, PromptCompletion, Instruction, Text; Auto finds out which."""
+"""PURE: a row -> the sequence that is learned. Messages, PromptCompletion, Instruction, Text; Auto finds out which."""
 
 import hashlib
 import json
@@ -6,9 +6,9 @@ import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from finetune_api.formats import SEQUENCES
 from finetune_api.job import Columns
 
-FORMATS = ("Messages", "PromptCompletion", "Instruction", "Text")
 ROLES = ("system", "user", "assistant", "tool")
 SHAREGPT = {
     "human": "user",
@@ -27,6 +27,9 @@ USUAL: dict[str, tuple[str, ...]] = {
     "output": ("output", "response"),
     "system": ("system",),
     "text": ("text",),
+    "chosen": ("chosen",),
+    "rejected": ("rejected",),
+    "label": ("label", "labels", "category", "class"),
 }
 """Columns by the names that data sets usually give them."""
 NEEDED = {
@@ -34,7 +37,12 @@ NEEDED = {
     "PromptCompletion": ("prompt", "completion"),
     "Instruction": ("instruction", "output"),
     "Text": ("text",),
+    "Preference": ("chosen", "rejected"),
+    "Labelled": ("text", "label"),
+    "PromptOnly": ("prompt",),
 }
+UNPAIRED = ("completion", "label")
+"""What Preference needs in its other layout, which KTO alone learns from."""
 # Reserved by the chat templates' rendering (see templates); noncharacters never stand in text that is interchanged.
 RESERVED = "\ufdd0\ufdd1"
 
@@ -74,25 +82,36 @@ def column_of(role: str, columns: Columns | None, present: Iterable[str]) -> str
     return next((name for name in USUAL[role] if name in names), None)
 
 
-def detect(rows: Sequence[Mapping[str, Any]], columns: Columns | None) -> str:
-    """The one format that the columns of most `rows` fit. Raises Ambiguous."""
+def detect(
+    rows: Sequence[Mapping[str, Any]],
+    columns: Columns | None,
+    formats: Sequence[str] = SEQUENCES,
+    unpaired: bool = False,
+) -> str:
+    """The one of `formats` that the columns of most `rows` fit. `unpaired`: see UNPAIRED. Raises Ambiguous."""
     if columns is not None:
-        mapped = [name for name in FORMATS if any(getattr(columns, role) is not None for role in NEEDED[name])]
+        mapped = [name for name in formats if any(getattr(columns, role) is not None for role in NEEDED[name])]
         if len(mapped) == 1:
             return mapped[0]
     # Most and not all: a row that lacks a column is to be named, and is no reason to know nothing.
-    fits = [name for name in FORMATS if 2 * sum(_fits(row, name, columns) for row in rows) > len(rows)]
+    fits = [name for name in formats if 2 * sum(_fits(row, name, columns, unpaired) for row in rows) > len(rows)]
     if len(fits) == 1:
         return fits[0]
     found = ", ".join(sorted({str(name) for row in rows for name in row})[:20]) or "none"
     if not fits:
-        needs = "; ".join(f"{name} needs {' and '.join(NEEDED[name])}" for name in FORMATS)
+        needs = "; ".join(f"{name} needs {' and '.join(NEEDED[name])}" for name in formats)
+        needs += f", or {' and '.join(UNPAIRED)}" if unpaired else ""
         raise Ambiguous(f"found the columns {found}, which fit no format ({needs}); set format, or columns")
     raise Ambiguous(f"found the columns {found}, which fit {' and '.join(fits)}; set format to one of them")
 
 
-def _fits(row: Mapping[str, Any], form: str, columns: Columns | None) -> bool:
-    return all(column_of(role, columns, row) in row for role in NEEDED[form])
+def _fits(row: Mapping[str, Any], form: str, columns: Columns | None, unpaired: bool) -> bool:
+    layouts = [NEEDED[form]]
+    if form == "Preference" and unpaired:
+        layouts.append(UNPAIRED)
+    if form == "PromptOnly":
+        layouts.append(NEEDED["Messages"])
+    return any(all(column_of(role, columns, row) in row for role in roles) for roles in layouts)
 
 
 def to_example(
@@ -100,51 +119,57 @@ def to_example(
 ) -> Example:
     """One row as an example. `render`: the data set's own template; `chat`: the model has one. Raises BadRow."""
     if form == "Messages":
-        return _conversation(row, columns)
+        return conversation(row, columns)
     if form == "Text":
-        text = render(row) if render else _text(row, "text", columns)
-        return Plain(_nonempty(text, "text"))
+        text = render(row) if render else text_of(row, "text", columns)
+        return Plain(nonempty(text, "text"))
     asks, answers = ("prompt", "completion") if form == "PromptCompletion" else ("instruction", "output")
-    if form == "PromptCompletion" and isinstance(_value(row, "prompt", columns), list):
-        return _chat([*_turns(row, "prompt", columns), *_turns(row, "completion", columns)], row)
-    completion = _nonempty(_text(row, answers, columns), column_of(answers, columns, row) or answers)
+    if form == "PromptCompletion" and isinstance(value_of(row, "prompt", columns), list):
+        return _chat([*turns_of(row, "prompt", columns), *turns_of(row, "completion", columns)], row)
+    completion = nonempty(text_of(row, answers, columns), column_of(answers, columns, row) or answers)
     if render:
         return Pair(render(row), completion)
-    question = _text(row, asks, columns)
+    question = text_of(row, asks, columns)
     if form == "Instruction":
-        question = _nonempty(question, column_of(asks, columns, row) or asks)
-        if extra := _optional(row, "input", columns):
+        question = nonempty(question, column_of(asks, columns, row) or asks)
+        if extra := optional_of(row, "input", columns):
             question = f"{question}\n\n{extra}"
-    system = _optional(row, "system", columns)
+    system = optional_of(row, "system", columns)
     if form == "PromptCompletion" and not chat:
         return Pair(f"{system}\n\n{question}" if system else question, completion)
     turns = [{"role": "system", "content": system}] if system else []
     return Chat((*turns, {"role": "user", "content": question}, {"role": "assistant", "content": completion}))
 
 
-def _conversation(row: Mapping[str, Any], columns: Columns | None) -> Chat:
-    turns = _turns(row, "messages", columns)
-    if (system := _optional(row, "system", columns)) and (not turns or turns[0]["role"] != "system"):
+def conversation(row: Mapping[str, Any], columns: Columns | None, answered: bool = True) -> Chat:
+    turns = turns_of(row, "messages", columns)
+    if (system := optional_of(row, "system", columns)) and (not turns or turns[0]["role"] != "system"):
         turns = [{"role": "system", "content": system}, *turns]
-    return _chat(turns, row)
+    return _chat(turns, row) if answered else Chat(tuple(turns), tools_of(row))
 
 
 def _chat(turns: list[dict[str, Any]], row: Mapping[str, Any]) -> Chat:
     if not any(turn["role"] == "assistant" for turn in turns):
         raise BadRow("found no turn of the assistant; there is nothing to learn")
+    return Chat(tuple(turns), tools_of(row))
+
+
+def tools_of(row: Mapping[str, Any]) -> list[Any] | None:
     tools = row.get("tools")
     if isinstance(tools, str) and tools:
         tools = _parsed(tools, "tools")
     if tools is not None and tools != "" and not isinstance(tools, list):
         raise BadRow("`tools` must be a list")
-    return Chat(tuple(turns), tools or None)
+    return tools or None
 
 
-def _turns(row: Mapping[str, Any], role: str, columns: Columns | None) -> list[dict[str, Any]]:
+def turns_of(row: Mapping[str, Any], role: str, columns: Columns | None) -> list[dict[str, Any]]:
     name = column_of(role, columns, row) or role
-    value = _value(row, role, columns)
+    value = value_of(row, role, columns)
     if isinstance(value, str):
         value = _parsed(value, name)
+    if isinstance(value, dict):
+        value = [value]
     if not isinstance(value, list) or not value:
         raise BadRow(f"`{name}` must be a list of messages with at least one")
     return [_turn(turn, f"{name}[{index}]") for index, turn in enumerate(value)]
@@ -176,7 +201,7 @@ def _parts(parts: list[Any], where: str) -> str:
     return "".join(part["text"] for part in parts)
 
 
-def _value(row: Mapping[str, Any], role: str, columns: Columns | None) -> Any:
+def value_of(row: Mapping[str, Any], role: str, columns: Columns | None) -> Any:
     name = column_of(role, columns, row)
     if name is None or name not in row:
         wanted = repr(name) if name else " or ".join(map(repr, USUAL[role]))
@@ -184,25 +209,25 @@ def _value(row: Mapping[str, Any], role: str, columns: Columns | None) -> Any:
     return row[name]
 
 
-def _text(row: Mapping[str, Any], role: str, columns: Columns | None) -> str:
-    value = _value(row, role, columns)
+def text_of(row: Mapping[str, Any], role: str, columns: Columns | None) -> str:
+    value = value_of(row, role, columns)
     if not isinstance(value, str):
         raise BadRow(f"`{column_of(role, columns, row)}` must be text; found {type(value).__name__}")
     return value
 
 
-def _optional(row: Mapping[str, Any], role: str, columns: Columns | None) -> str:
+def optional_of(row: Mapping[str, Any], role: str, columns: Columns | None) -> str:
     """The text of a column that need not be there, unless the spec names it."""
     name = column_of(role, columns, row)
     named = getattr(columns, role, None) is not None
     if name is None or (row.get(name) is None and (name in row or not named)):
         return ""
-    return _text(row, role, columns).strip()
+    return text_of(row, role, columns).strip()
 
 
-def _nonempty(text: str, name: str) -> str:
+def nonempty(text: str, name: str) -> str:
     if not text.strip():
-        raise BadRow(f"`{name}` is empty")
+        raise BadRow(f"{name if '`' in name else f'`{name}`'} is empty")
     return text
 
 

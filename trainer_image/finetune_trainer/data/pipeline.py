@@ -6,18 +6,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from finetune_api.failures import FineTuneError, Reason
-from finetune_api.job import FineTuneJobSpec
+from finetune_api.formats import Kind, formats_of, kind_of
+from finetune_api.job import GRPO, PPO, FineTuneJobSpec
 from finetune_api.run import Shard, Split
 from finetune_trainer import log
 from finetune_trainer.data.basemodel import BaseModel
-from finetune_trainer.data.formats import FORMATS, Ambiguous, BadRow, content_hash, detect, to_example
+from finetune_trainer.data.classes import Classes
+from finetune_trainer.data.formats import Ambiguous, BadRow, detect
+from finetune_trainer.data.policy import Repeats, refuse
 from finetune_trainer.data.readers import Row, place
+from finetune_trainer.data.records import Record, digest_of, to_records
 from finetune_trainer.data.report import SAMPLE, DatasetReport
-from finetune_trainer.data.shards import ShardWriter, Upload
+from finetune_trainer.data.shards import Encoded, ShardWriter, Upload
 from finetune_trainer.data.sources import Source, rows
 from finetune_trainer.data.split import split_of
 from finetune_trainer.data.templates import BadTemplate, RowTemplate
-from finetune_trainer.data.tokenise import Loss, Text, Tokens, lay_out
+from finetune_trainer.data.tokenise import Loss, Text, Tokens, lay_out, lay_out_prompt
 from finetune_trainer.storage import Store
 
 BATCH = 512
@@ -27,11 +31,13 @@ PEEK = 50
 
 
 class Placed(NamedTuple):
-    """A row on its way to a shard."""
+    """A record on its way to a shard."""
 
     where: str
     split: Split
-    text: Text
+    record: Record
+    texts: list[Text]
+    """One; of a pair the chosen and the rejected."""
 
 
 class Pipeline:
@@ -42,9 +48,17 @@ class Pipeline:
         self._folder, self._upload = folder, upload
         self._policy = spec.data_policy
         self._loss: Loss = spec.method.sft.loss if spec.method.sft else "Completion"
-        self._limit = min(spec.training.max_length, model.shape.max_positions)
-        self._seen: set[bytes] = set()
-        self._held_out: set[bytes] = set()
+        self.kind: Kind = kind_of(spec.method.type, spec.datasets)
+        self._formats = formats_of(spec.method.type, self.kind)
+        self._limit = min(spec.training.max_length, model.shape.max_positions - _answer_tokens(spec))
+        if self._limit < 1:
+            raise FineTuneError(
+                Reason.INVALID_SPEC,
+                f"spec.method: found maxNewTokens {_answer_tokens(spec):,}; the model has "
+                f"{model.shape.max_positions:,} positions for the prompt and the answer",
+            )
+        self._repeats = Repeats(self._policy)
+        self._classes = Classes()
         self._numbers: dict[Split, int] = {}
         self._progress = log.Progress("prepare", None, "rows")
         self.shards: list[Shard] = []
@@ -57,13 +71,16 @@ class Pipeline:
         writers: dict[Split, ShardWriter] = {}
         placed = self._placed(source, report)
         while batch := list(itertools.islice(placed, BATCH)):
-            for item, tokens in zip(batch, self._model.encoder.encode([p.text for p in batch]), strict=True):
-                fitted = self._fit(source, report, item, tokens)
+            encoded = iter(self._model.encoder.encode([text for item in batch for text in item.texts]))
+            for item in batch:
+                fitted = self._fit(source, report, item, list(itertools.islice(encoded, len(item.texts))))
                 if fitted is None:
                     continue
+                if fitted.label is not None:
+                    self._classes.see(fitted.label, item.split, f"{source.field}: {item.where}")
                 if item.split not in writers:
                     writers[item.split] = ShardWriter(
-                        item.split, source.dataset.name, self._folder, self._upload, self._next_number
+                        item.split, source.dataset.name, self.kind, self._folder, self._upload, self._next_number
                     )
                 writers[item.split].add(fitted)
                 report.keep(item.split, fitted)
@@ -72,6 +89,10 @@ class Pipeline:
             self.shards += writer.shards
         counts = {split: lengths.rows for split, lengths in report.splits.items()}
         log.event("dataset prepared", dataset=report.name, read=report.read, kept=counts, dropped=report.dropped)
+
+    def classes(self) -> list[str]:
+        """Of all data; call it when all are run. Raises DataInvalid."""
+        return self._classes.names() if self.kind == "Classes" else []
 
     def close(self) -> None:
         self._progress.close()
@@ -98,24 +119,32 @@ class Pipeline:
             try:
                 if row.problem:
                     raise BadRow(row.problem)
-                example = to_example(
+                records = to_records(
                     row.value,
                     form,
+                    self.kind,
                     source.dataset.columns,
                     template.render if template else None,
                     self._model.has_chat_template,
                 )
-                digest = content_hash(example)
+                digest = digest_of(records)
                 split = source.split or self._split(digest)
-                if not self._passes(source, report, where, split, digest):
+                if not self._repeats.passes(source, report, where, split, digest):
                     continue
-                text = lay_out(example, self._loss, self._model.chat)
+                placed = [Placed(where, split, record, self._lay_out(record)) for record in records]
             except BadRow as error:
-                self._refuse(source, report, where, str(error))
+                refuse(self._policy, source, report, where, str(error))
                 continue
             if not report.sample:
-                report.sample = text.text[:SAMPLE]
-            yield Placed(where, split, text)
+                report.sample = placed[0].texts[0].text[:SAMPLE]
+            yield from placed
+
+    def _lay_out(self, record: Record) -> list[Text]:
+        """Raises BadRow."""
+        chat = self._model.chat
+        if self.kind in ("Classes", "Prompts"):
+            return [lay_out_prompt(record.example, chat)]
+        return [lay_out(e, self._loss, chat) for e in (record.example, record.rejected) if e is not None]
 
     def _rows(self, source: Source) -> Iterator[tuple[str, Row]]:
         for pinned in source.files:
@@ -127,25 +156,32 @@ class Pipeline:
 
     def _format(self, source: Source, peeked: Iterable[tuple[str, Row]]) -> str:
         form = source.dataset.format
-        if form in FORMATS:
+        if form in self._formats:
             return form
         if form != "Auto":
+            method = self._spec.method.type
             raise FineTuneError(
-                Reason.INVALID_SPEC, f"{source.field}.format: found {form}; supported are Auto, {', '.join(FORMATS)}"
+                Reason.INVALID_SPEC,
+                f"{source.field}.format: found {form}; method {method} needs {' or '.join(self._formats)}",
             )
+        if len(self._formats) == 1 and source.dataset.columns:
+            return self._formats[0]
         good: list[Mapping[str, Any]] = [row.value for _, row in peeked if not row.problem]
         if not good:
             where, problem = next(((w, row.problem) for w, row in peeked), (source.dataset.uri, "there are no rows"))
             raise FineTuneError(Reason.DATA_INVALID, f"{source.field}: {where}: {problem}")
         try:
-            return detect(good, source.dataset.columns)
+            return detect(good, source.dataset.columns, self._formats, self.kind == "Unpaired")
         except Ambiguous as error:
             raise FineTuneError(Reason.DATA_INVALID, f"{source.field}.format: {error}") from error
 
     def _rendered_by(self, form: str, template: RowTemplate | None) -> str:
         if template:
             return "template"
-        if form == "Text" or (form == "PromptCompletion" and not self._model.has_chat_template):
+        if form in ("Text", "Labelled"):
+            return "plain"
+        if form in ("PromptCompletion", "Preference", "PromptOnly") and not self._model.has_chat_template:
+            # Where such rows hold messages, they are laid out by the default template none the less.
             return "plain"
         return "model" if self._model.has_chat_template else "default"
 
@@ -154,45 +190,9 @@ class Pipeline:
         test = self._spec.test.fraction if self._spec.test else None
         return split_of(digest, validation or 0.0, test or 0.0)
 
-    def _passes(self, source: Source, report: DatasetReport, where: str, split: Split, digest: bytes) -> bool:
-        """Duplicates within training data, and training data that is held out too."""
-        if split != "train":
-            self._held_out.add(digest)
-            return True
-        if digest in self._held_out:
-            if self._policy.leakage == "Fail":
-                raise FineTuneError(
-                    Reason.DATA_LEAKAGE,
-                    f"{source.field}: {where} is in the validation or test data too (dataPolicy.leakage is Fail; Drop "
-                    "leaves such rows out of training)",
-                )
-            if self._policy.leakage == "Drop":
-                report.drop("leakage", where)
-                return False
-            report.warn("leakage", where)
-        if digest in self._seen:
-            if self._policy.duplicates == "Fail":
-                raise FineTuneError(
-                    Reason.DATA_INVALID,
-                    f"{source.field}: {where} has the content of an earlier row (dataPolicy.duplicates is Fail)",
-                )
-            if self._policy.duplicates == "Drop":
-                report.drop("duplicate", where)
-                return False
-            report.warn("duplicate", where)
-        self._seen.add(digest)
-        return True
-
-    def _refuse(self, source: Source, report: DatasetReport, where: str, why: str) -> None:
-        """A row that cannot be used: it never is; Fail ends the job, Warn says so in the log."""
-        if self._policy.invalid == "Fail":
-            raise FineTuneError(Reason.DATA_INVALID, f"{source.field}: {where}: {why}")
-        report.drop("invalid", where, why)
-        if self._policy.invalid == "Warn":
-            log.event("row left out", level="warning", where=where, why=why)
-
-    def _fit(self, source: Source, report: DatasetReport, item: Placed, tokens: Tokens) -> Tokens | None:
-        length = len(tokens.input_ids)
+    def _fit(self, source: Source, report: DatasetReport, item: Placed, found: list[Tokens]) -> Encoded | None:
+        """A record in tokens, no longer than allowed; None where it is left out."""
+        length = max(len(tokens.input_ids) for tokens in found)
         if length > self._limit:
             why = f"{length:,} tokens; at most {self._limit:,} are allowed"
             match self._policy.too_long:
@@ -202,16 +202,34 @@ class Pipeline:
                     )
                 case "Truncate":
                     report.warn("truncated", item.where, why)
-                    tokens = Tokens(tokens.input_ids[: self._limit], tokens.labels[: self._limit])
-                case "Warn" if length <= self._model.shape.max_positions:
+                    found = [self._cut(tokens) for tokens in found]
+                case "Warn" if length <= self._model.shape.max_positions - _answer_tokens(self._spec):
                     report.warn("tooLong", item.where, why)
                 case _:
                     report.drop("tooLong", item.where, why)
                     return None
-        if not tokens.trained:
+        if self.kind not in ("Classes", "Prompts") and not all(tokens.trained for tokens in found):
             report.drop("noTrainableTokens", item.where)
             return None
-        return tokens
+        record = item.record
+        rejected = found[1] if len(found) > 1 else None
+        return Encoded(found[0], rejected, record.desirable, record.label, record.reference)
+
+    def _cut(self, tokens: Tokens) -> Tokens:
+        """A prompt keeps its end, which is what is answered; all else keeps its beginning."""
+        kept = slice(-self._limit, None) if self.kind == "Prompts" else slice(self._limit)
+        return Tokens(tokens.input_ids[kept], tokens.labels[kept])
+
+
+def _answer_tokens(spec: FineTuneJobSpec) -> int:
+    """Positions that an answer takes, where the method lets the model write one."""
+    match spec.method.type:
+        case "PPO":
+            return (spec.method.ppo or PPO()).max_new_tokens
+        case "GRPO":
+            return (spec.method.grpo or GRPO()).max_new_tokens
+        case _:
+            return 0
 
 
 def _template(source: Source) -> RowTemplate | None:

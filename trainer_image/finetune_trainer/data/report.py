@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finetune_api.run import Split
+from finetune_trainer.data.shards import Encoded
 from finetune_trainer.data.tokenise import Tokens
 
 CASES = 5
@@ -23,6 +24,8 @@ class Lengths:
     shortest: int = 0
     longest: int = 0
     counts: list[int] = field(default_factory=lambda: [0] * (len(_EDGES) + 1))
+    verdicts: dict[str, int] = field(default_factory=dict)
+    """Examples of each class, or of each verdict, where there are such."""
 
     def add(self, tokens: Tokens) -> None:
         length = len(tokens.input_ids)
@@ -42,6 +45,7 @@ class Lengths:
             "longest": self.longest,
             "mean": round(self.tokens / self.rows, 1),
             "atMost": {str(edge): count for edge, count in zip(_EDGES, self.counts, strict=False) if count},
+            **({"verdicts": dict(sorted(self.verdicts.items()))} if self.verdicts else {}),
         }
 
 
@@ -70,8 +74,13 @@ class DatasetReport:
     def warn(self, cause: str, where: str, why: str = "") -> None:
         self._note(self.warned, cause, where, why)
 
-    def keep(self, split: Split, tokens: Tokens) -> None:
-        self.splits.setdefault(split, Lengths()).add(tokens)
+    def keep(self, split: Split, item: Encoded) -> None:
+        lengths = self.splits.setdefault(split, Lengths())
+        lengths.add(item.tokens)
+        lengths.longest = max(lengths.longest, item.longest)
+        verdict = item.label if item.desirable is None else "desirable" if item.desirable else "undesirable"
+        if verdict is not None:
+            lengths.verdicts[verdict] = lengths.verdicts.get(verdict, 0) + 1
 
     def _note(self, counts: dict[str, int], cause: str, where: str, why: str) -> None:
         counts[cause] = counts.get(cause, 0) + 1

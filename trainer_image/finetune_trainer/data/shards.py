@@ -1,12 +1,14 @@
-"""Shards: parquet files of some thousand examples, columns `input_ids` and `labels` (list<int32>)."""
+"""Shards: parquet files of some thousand examples; `finetune_api.run.Shard` says which columns they have."""
 
 import array
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from finetune_api.formats import Kind
 from finetune_api.run import Shard, Split
 from finetune_trainer.data.tokenise import Tokens
 
@@ -18,33 +20,74 @@ Upload = Callable[[Path, str], tuple[int, str]]
 """File and key -> size and SHA-256."""
 
 
+class Encoded(NamedTuple):
+    """A record in tokens. All records of a job have the same members."""
+
+    tokens: Tokens
+    rejected: Tokens | None = None
+    desirable: bool | None = None
+    label: str | None = None
+    reference: str | None = None
+
+    @property
+    def longest(self) -> int:
+        return max(len(self.tokens.input_ids), len(self.rejected.input_ids) if self.rejected else 0)
+
+
+class _Lists:
+    """Sequences of tokens end to end, as the two columns of a shard."""
+
+    def __init__(self) -> None:
+        self.ids, self.labels = array.array("i"), array.array("i")
+        self._ends = array.array("i", [0])
+
+    def add(self, tokens: Tokens) -> None:
+        self.ids.extend(tokens.input_ids)
+        self.labels.extend(tokens.labels)
+        self._ends.append(len(self.ids))
+
+    def columns(self, prefix: str) -> dict[str, pa.Array]:
+        ends = _int32(self._ends)
+        return {
+            f"{prefix}input_ids": pa.ListArray.from_arrays(ends, _int32(self.ids)),
+            f"{prefix}labels": pa.ListArray.from_arrays(ends, _int32(self.labels)),
+        }
+
+
 class ShardWriter:
     """Collects the examples of one data set in one split; every full shard is written, uploaded and forgotten."""
 
     def __init__(
-        self, split: Split, dataset: str, folder: Path, upload: Upload, next_number: Callable[[Split], int]
+        self,
+        split: Split,
+        dataset: str,
+        kind: Kind,
+        folder: Path,
+        upload: Upload,
+        next_number: Callable[[Split], int],
     ) -> None:
+        self._kind = kind
         self._split, self._dataset, self._folder, self._upload = split, dataset, folder, upload
         self._next_number = next_number
         self.shards: list[Shard] = []
         self._clear()
 
-    def add(self, tokens: Tokens) -> None:
-        self._ids.extend(tokens.input_ids)
-        self._labels.extend(tokens.labels)
-        self._ends.append(len(self._ids))
-        self._trained += tokens.trained
-        if len(self._ends) > MAX_ROWS or len(self._ids) >= MAX_TOKENS:
+    def add(self, item: Encoded) -> None:
+        self._chosen.add(item.tokens)
+        self._trained += item.tokens.trained
+        if item.rejected:
+            self._rejected.add(item.rejected)
+        self._known.append(item._replace(tokens=_NONE, rejected=None))
+        if len(self._known) >= MAX_ROWS or len(self._chosen.ids) + len(self._rejected.ids) >= MAX_TOKENS:
             self.flush()
 
     def flush(self) -> None:
-        rows = len(self._ends) - 1
+        rows = len(self._known)
         if not rows:
             return
         key = f"{self._split}/{self._next_number(self._split):05}.parquet"
         path = self._folder / key.replace("/", "-")
-        columns = [pa.ListArray.from_arrays(_int32(self._ends), _int32(values)) for values in (self._ids, self._labels)]
-        pq.write_table(pa.Table.from_arrays(columns, ["input_ids", "labels"]), path, compression="zstd")
+        pq.write_table(pa.table(self._columns()), path, compression="zstd")
         size, sha256 = self._upload(path, key)
         path.unlink()
         self.shards.append(
@@ -53,7 +96,8 @@ class ShardWriter:
                 split=self._split,
                 dataset=self._dataset,
                 rows=rows,
-                tokens=len(self._ids),
+                tokens=len(self._chosen.ids),
+                rejected_tokens=len(self._rejected.ids),
                 trained_tokens=self._trained,
                 size=size,
                 sha256=sha256,
@@ -61,10 +105,26 @@ class ShardWriter:
         )
         self._clear()
 
+    def _columns(self) -> dict[str, pa.Array]:
+        columns = self._chosen.columns("")
+        match self._kind:
+            case "Pairs":
+                columns |= self._rejected.columns("rejected_")
+            case "Unpaired":
+                columns["desirable"] = pa.array([item.desirable for item in self._known], pa.bool_())
+            case "Classes":
+                columns["label"] = pa.array([item.label for item in self._known], pa.string())
+            case "Prompts":
+                columns["reference"] = pa.array([item.reference for item in self._known], pa.string())
+        return columns
+
     def _clear(self) -> None:
-        self._ids, self._labels = array.array("i"), array.array("i")
-        self._ends = array.array("i", [0])
+        self._chosen, self._rejected = _Lists(), _Lists()
+        self._known: list[Encoded] = []
         self._trained = 0
+
+
+_NONE = Tokens([], [])
 
 
 def _int32(values: "array.array[int]") -> pa.Array:

@@ -46,6 +46,13 @@ def lay_out(example: Example, loss: Loss, chat: ChatTemplate) -> Text:
     return Text(example.text, [(0, len(example.text))], True)
 
 
+def lay_out_prompt(example: Example, chat: ChatTemplate) -> Text:
+    """A text that is to be answered or to be classified: nothing of it is learned."""
+    if isinstance(example, Chat):
+        return Text(chat.render(example.messages, example.tools, ask=True).text, [], False)
+    return Text("".join(example), [], True)
+
+
 def _lay_out_chat(example: Chat, loss: Loss, chat: ChatTemplate) -> Text:
     turns = [index for index, message in enumerate(example.messages) if message["role"] == "assistant"]
     # What follows the last answer is never learned with Completion, and is no context of it either.
@@ -111,6 +118,9 @@ class Encoder:
 
     def _close(self, ids: list[int], labels: list[int], text: Text) -> None:
         """An answer that ends the text ends with EOS, or with the end-of-turn token of the template."""
+        if not text.spans and text.special and ids and ids[-1] == self._eos:
+            # The tokeniser ends every text, also one that is to be continued.
+            del ids[-1], labels[-1]
         if not text.spans or text.spans[-1][1] < len(text.text.rstrip()):
             return
         last = len(ids) - 1
