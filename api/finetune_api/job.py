@@ -283,10 +283,14 @@ class Credentials(ApiModel):
     service_account_name: Subdomain | None = None
 
 
+QueueName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-.a-z0-9]*[a-z0-9])?$", max_length=63)]
+"""It becomes the value of a label, which is shorter than a name may be."""
+
+
 class Queue(ApiModel):
-    name: Subdomain | None = None
+    name: QueueName | None = None
     """A Kueue LocalQueue."""
-    priority_class_name: Subdomain | None = None
+    priority_class_name: QueueName | None = None
 
 
 class MLflow(ApiModel):

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from finetune_api import API_VERSION, GROUP, crd, model, support
+from finetune_api import API_VERSION, GROUP, crd, model, policy, support
 from finetune_api.job import JOB_NAME, FineTuneJob
 from finetune_api.model import Path, Problem
 from finetune_api.profile import FineTuneProfile
@@ -25,7 +25,6 @@ KINDS: dict[str, type[FineTuneJob] | type[FineTuneProfile]] = {
     "FineTuneProfile": FineTuneProfile,
 }
 UNKNOWN = "this field does not exist"
-MAX_LABEL = 63
 PATTERNS = {
     model.S3_URI: "must be s3://bucket/key or s3://bucket/prefix/",
     model.MODEL_URI: "must be s3://bucket/prefix/, hf://org/name@revision or pvc://claim/path",
@@ -109,45 +108,15 @@ def _beyond(parsed: FineTuneJob | FineTuneProfile, profile: FineTuneProfile | No
     """Of an object that is well-formed: what this version cannot do, and what the profile does not allow."""
     if isinstance(parsed, FineTuneProfile):
         return support.unsupported_profile(parsed.spec)
-    return [*support.unsupported(parsed.spec), *_labels(parsed)] + (
-        list(against_profile(parsed, profile)) if profile else []
-    )
+    return support.unsupported(parsed.spec) + (against_profile(parsed, profile) if profile else [])
 
 
-def _labels(job: FineTuneJob) -> Iterator[Problem]:
-    """What becomes a label is shorter than a name may be."""
-    queue = job.spec.queue
-    for field, value in (("name", queue and queue.name), ("priorityClassName", queue and queue.priority_class_name)):
-        if value and len(value) > MAX_LABEL:
-            yield Problem(("spec", "queue", field), f"has {len(value)} characters; at most {MAX_LABEL} are allowed")
-
-
-def against_profile(job: FineTuneJob, profile: FineTuneProfile) -> Iterator[Problem]:
+def against_profile(job: FineTuneJob, profile: FineTuneProfile) -> list[Problem]:
     """What the platform's profile refuses."""
-    spec, limits, name = job.spec, profile.spec.limits, profile.metadata.name
-    if spec.profile and spec.profile != name:
-        yield Problem(("spec", "profile"), f"found {spec.profile!r}; the profile given is {name!r}")
-        return
-    allowed = profile.spec.allowed_namespaces
-    if allowed and job.metadata.namespace not in allowed:
-        found = f"found {job.metadata.namespace!r}; profile {name!r} is for {', '.join(allowed)}"
-        yield Problem(("metadata", "namespace"), found)
-    workers, gpus = spec.distribution.workers, spec.distribution.workers * spec.distribution.gpus_per_worker
-    if limits.max_workers is not None and workers > limits.max_workers:
-        found = f"found {workers}; profile {name!r} allows at most {limits.max_workers}"
-        yield Problem(("spec", "distribution", "workers"), found)
-    if limits.max_gpus is not None and gpus > limits.max_gpus:
-        found = f"workers x gpusPerWorker is {gpus}; profile {name!r} allows at most {limits.max_gpus}"
-        yield Problem(("spec", "distribution"), found)
-    longest, deadline = limits.max_active_deadline_seconds, spec.run_policy.active_deadline_seconds
-    if longest is not None and deadline is not None and deadline > longest:
-        found = f"found {deadline}; profile {name!r} allows at most {longest}"
-        yield Problem(("spec", "runPolicy", "activeDeadlineSeconds"), found)
-    account = spec.credentials.service_account_name if spec.credentials else None
-    if account and account not in profile.spec.service_accounts:
-        names = ", ".join(profile.spec.service_accounts) or "none"
-        found = f"found {account!r}; profile {name!r} allows {names}"
-        yield Problem(("spec", "credentials", "serviceAccountName"), found)
+    wanted, given = job.spec.profile, profile.metadata.name
+    if wanted and wanted != given:
+        return [Problem(("spec", "profile"), f"found {wanted!r}; the profile given is {given!r}")]
+    return policy.not_allowed(job, profile)
 
 
 def schema_of(kind: type[FineTuneJob] | type[FineTuneProfile]) -> dict[str, Any]:

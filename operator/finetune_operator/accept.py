@@ -11,12 +11,12 @@ from finetune_api.failures import Reason
 from finetune_api.job import FineTuneJob, parse
 from finetune_api.jobstatus import FineTuneJobStatus
 from finetune_api.model import Problem, problems_of
+from finetune_api.policy import not_allowed
 from finetune_api.profile import DEFAULT_ANNOTATION, FineTuneProfile
 from finetune_api.support import unsupported, unsupported_profile
 
 Object = Mapping[str, Any]
 MANAGER = "finetune.dev/operator"
-MAX_LABEL = 63
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,6 @@ def _read_spec(raw: Object) -> FineTuneJob | Refusal:
     except ValidationError as error:
         return _invalid(problems_of(error))
     problems = unsupported(job.spec)
-    # These two become labels, which are shorter than names.
-    for field, value in (
-        ("name", job.spec.queue and job.spec.queue.name),
-        ("priorityClassName", job.spec.queue and job.spec.queue.priority_class_name),
-    ):
-        if value and len(value) > MAX_LABEL:
-            problems.append(Problem(("spec", "queue", field), f"has {len(value)} characters; at most 63 are allowed"))
     return _invalid(problems) if problems else job
 
 
@@ -113,27 +106,5 @@ def select_profile(wanted: str | None, profiles: Sequence[Object]) -> FineTunePr
 
 def check(job: FineTuneJob, profile: FineTuneProfile) -> Refusal | None:
     """What the profile does not allow this job."""
-    spec, rules, limits = job.spec, profile.spec, profile.spec.limits
-    gpus = spec.distribution.workers * spec.distribution.gpus_per_worker
-    account = spec.credentials and spec.credentials.service_account_name
-    deadline = spec.run_policy.active_deadline_seconds
-    if rules.allowed_namespaces and job.metadata.namespace not in rules.allowed_namespaces:
-        allowed = ", ".join(rules.allowed_namespaces[:20])
-        return _refuse(profile, "metadata.namespace", job.metadata.namespace, f"allowed are {allowed}")
-    if limits.max_workers and spec.distribution.workers > limits.max_workers:
-        return _refuse(profile, "spec.distribution.workers", spec.distribution.workers, f"at most {limits.max_workers}")
-    if limits.max_gpus and gpus > limits.max_gpus:
-        return _refuse(profile, "spec.distribution (workers x gpusPerWorker)", gpus, f"at most {limits.max_gpus}")
-    if limits.max_active_deadline_seconds and deadline and deadline > limits.max_active_deadline_seconds:
-        most = limits.max_active_deadline_seconds
-        return _refuse(profile, "spec.runPolicy.activeDeadlineSeconds", deadline, f"at most {most}")
-    if account and account not in rules.service_accounts:
-        allowed = ", ".join(rules.service_accounts[:20]) or "none"
-        return _refuse(profile, "spec.credentials.serviceAccountName", account, f"allowed are {allowed}")
-    return None
-
-
-def _refuse(profile: FineTuneProfile, field: str, found: object, allowed: str) -> Refusal:
-    return Refusal(
-        Reason.NOT_ALLOWED_BY_PROFILE, f"{field}: found {found}; profile {profile.metadata.name!r} says: {allowed}"
-    )
+    problems = not_allowed(job, profile)
+    return Refusal(Reason.NOT_ALLOWED_BY_PROFILE, "; ".join(map(str, problems))) if problems else None

@@ -77,15 +77,16 @@ def assert_answers(adapter: Path, base: Path) -> None:
     assert config["base_model_name_or_path"] == f"s3://{BUCKET}/models/tiny/"
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
     tokenizer = AutoTokenizer.from_pretrained(adapter)
-    prompt, answer = "Number 0: repeat apple apple.", " apple apple apple"
-    head = tokenizer(prompt)["input_ids"]
-    tail = tokenizer(answer, add_special_tokens=False)["input_ids"]
-    ids = torch.tensor([head + tail])
-    labels = torch.tensor([[-100] * len(head) + tail])
-    with torch.no_grad():
-        after = float(model(input_ids=ids, labels=labels).loss)
-        with model.disable_adapter():
-            before = float(model(input_ids=ids, labels=labels).loss)
+    after, before = 0.0, 0.0
+    for row in map(json.loads, (base.parent / "facts.jsonl").read_text().splitlines()[:40]):
+        head = tokenizer(row["prompt"])["input_ids"]
+        tail = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
+        ids = torch.tensor([head + tail])
+        labels = torch.tensor([[-100] * len(head) + tail])
+        with torch.no_grad():
+            after += float(model(input_ids=ids, labels=labels).loss) / 40
+            with model.disable_adapter():
+                before += float(model(input_ids=ids, labels=labels).loss) / 40
     assert after < before - 0.1
 
 
@@ -179,9 +180,9 @@ def test_bad_input_ends_in_a_sentence_within_a_minute_and_costs_nothing(laptop: 
     line.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}\n{"prompt": oops}\n')
     laptop.put(line, "bad/line.jsonl")
     for path in (laptop.directory / "tiny").iterdir():
+        laptop.put(path, f"bad/model/{path.name}")
         if path.suffix != ".safetensors":
             laptop.put(path, f"bad/pickle/{path.name}")
-            laptop.put(path, f"bad/model/{path.name}")
     garbage = tmp_path / "config.json"
     garbage.write_text("not json")
     laptop.put(garbage, "bad/model/config.json")

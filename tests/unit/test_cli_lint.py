@@ -63,7 +63,7 @@ def test_a_good_job_has_no_findings() -> None:
         ),
         ("checkpoint: {uri: s3://a-b/../c}", "a URI must not contain '.' or '..' as a path segment"),
         ("checkpoint: {interval: {type: Steps}}", "steps is required where type is Steps"),
-        (f"queue: {{name: {'q' * 64}}}", "spec.queue.name: has 64 characters; at most 63 are allowed"),
+        (f"queue: {{name: {'q' * 64}}}", "string should have at most 63 characters"),
         ("output: {uri: s3://other/}", "job.yaml:9:3: spec.output: is given twice, first in line 8"),
     ],
 )

@@ -23,7 +23,7 @@ def refusal(job: JobBuilder) -> Refusal:
         (make_job().with_spec(output={"uri": "gs://x"}), "spec.output.uri"),
         (make_job().with_spec(method={"type": "DPO"}), "spec.method.type: found 'DPO'; this version supports SFT"),
         (make_job("j" * 51), "metadata.name"),
-        (make_job().with_spec(queue={"name": "q" * 64}), "spec.queue.name: has 64 characters; at most 63"),
+        (make_job().with_spec(queue={"name": "q" * 64}), "string should have at most 63 characters"),
     ],
 )
 async def test_an_invalid_spec_fails_with_its_field_and_no_pod(job: JobBuilder, field: str) -> None:
@@ -88,9 +88,9 @@ def test_the_default_profile(profiles: list[Any], expected: str | None) -> None:
 @pytest.mark.parametrize(
     ("job", "profile", "message"),
     [
-        ({}, {"allowedNamespaces": ["team-b"]}, "metadata.namespace: found team-a"),
+        ({}, {"allowedNamespaces": ["team-b"]}, "metadata.namespace: found 'team-a'"),
         ({"distribution": {"workers": 3}}, {"limits": {"maxWorkers": 2}}, "spec.distribution.workers: found 3"),
-        ({"distribution": {"gpusPerWorker": 9}}, {"limits": {"maxGPUs": 8}}, "(workers x gpusPerWorker): found 9"),
+        ({"distribution": {"gpusPerWorker": 9}}, {"limits": {"maxGPUs": 8}}, "spec.distribution: found 9"),
         (
             {"runPolicy": {"activeDeadlineSeconds": 9}},
             {"limits": {"maxActiveDeadlineSeconds": 8}},
@@ -99,7 +99,7 @@ def test_the_default_profile(profiles: list[Any], expected: str | None) -> None:
         (
             {"credentials": {"serviceAccountName": "admin"}},
             {"serviceAccounts": ["tuner"]},
-            "spec.credentials.serviceAccountName: found admin; profile 'laptop' says: allowed are tuner",
+            "spec.credentials.serviceAccountName: found 'admin'; profile 'laptop' allows tuner",
         ),
         ({"credentials": {"serviceAccountName": "tuner"}}, {"serviceAccounts": ["tuner"]}, None),
         ({}, {"allowedNamespaces": ["team-a"], "limits": {"maxWorkers": 1, "maxGPUs": 1}}, None),

@@ -1,0 +1,38 @@
+"""What a profile allows: the same sentences from `finetune lint --profile` and from the operator."""
+
+from collections.abc import Iterator
+
+from finetune_api.job import FineTuneJob
+from finetune_api.model import Path, Problem
+from finetune_api.profile import FineTuneProfile
+
+
+def not_allowed(job: FineTuneJob, profile: FineTuneProfile) -> list[Problem]:
+    """What the platform's profile refuses this job, each as a problem."""
+    return list(_not_allowed(job, profile))
+
+
+def _not_allowed(job: FineTuneJob, profile: FineTuneProfile) -> Iterator[Problem]:
+    spec, rules, limits = job.spec, profile.spec, profile.spec.limits
+
+    def refuse(path: Path, found: object, allowed: str) -> Problem:
+        return Problem(path, f"found {found!r}; profile {profile.metadata.name!r} allows {allowed}")
+
+    namespace, workers = job.metadata.namespace, spec.distribution.workers
+    if rules.allowed_namespaces and namespace not in rules.allowed_namespaces:
+        yield refuse(("metadata", "namespace"), namespace, _names(rules.allowed_namespaces))
+    if limits.max_workers and workers > limits.max_workers:
+        yield refuse(("spec", "distribution", "workers"), workers, f"at most {limits.max_workers}")
+    gpus = workers * spec.distribution.gpus_per_worker
+    if limits.max_gpus and gpus > limits.max_gpus:
+        yield refuse(("spec", "distribution"), gpus, f"at most {limits.max_gpus} as workers x gpusPerWorker")
+    longest, deadline = limits.max_active_deadline_seconds, spec.run_policy.active_deadline_seconds
+    if longest and deadline and deadline > longest:
+        yield refuse(("spec", "runPolicy", "activeDeadlineSeconds"), deadline, f"at most {longest}")
+    account = spec.credentials.service_account_name if spec.credentials else None
+    if account and account not in rules.service_accounts:
+        yield refuse(("spec", "credentials", "serviceAccountName"), account, _names(rules.service_accounts))
+
+
+def _names(names: list[str]) -> str:
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "") if names else "none"
