@@ -148,6 +148,15 @@ async def test_status_is_a_world_of_its_own(widgets: Widgets) -> None:
     assert (await api.get(status)).must(200) == fresh
 
 
+async def test_only_the_resource_version_guards_a_status(widgets: Widgets) -> None:
+    made = (await widgets.make())["metadata"]
+    patch = {"metadata": {"uid": "another"}, "status": {"phase": "Ready"}}
+    written = (await widgets.api.patch(widgets.path("w", "status"), patch)).must(200)
+    assert (written["metadata"]["uid"], written["status"]) == (made["uid"], {"phase": "Ready"})
+    patch = {"metadata": {"resourceVersion": made["resourceVersion"]}, "status": {"phase": "Late"}}
+    (await widgets.api.patch(widgets.path("w", "status"), patch)).refused(409, "Conflict")
+
+
 async def test_json_and_apply_patches_but_no_strategic_ones(widgets: Widgets) -> None:
     api, path = widgets.api, widgets.path("w")
     made = (await api.patch(path, widgets.body(size=2), "apply", fieldManager="test")).must(201)
