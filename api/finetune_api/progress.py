@@ -11,6 +11,8 @@ from pydantic.alias_generators import to_camel
 
 from finetune_api.model import ApiModel, S3Uri, ShortText
 
+Count = Annotated[int, Field(ge=0, le=2**53)]
+"""What every JSON parser keeps exactly."""
 Phase = Literal["Loading", "Training", "Evaluating", "Saving", "Publishing"]
 
 
@@ -21,7 +23,7 @@ class Metric(ApiModel):
 
 class CheckpointStatus(ApiModel):
     uri: S3Uri
-    step: Annotated[int, Field(ge=0)]
+    step: Count
     time: datetime.datetime
 
 
@@ -32,15 +34,15 @@ class TrainerStatus(ApiModel):
         alias_generator=to_camel, populate_by_name=True, extra="ignore", frozen=True, use_attribute_docstrings=True
     )
     progress_percentage: Annotated[int, Field(ge=0, le=100)] | None = None
-    estimated_remaining_seconds: Annotated[int, Field(ge=0)] | None = None
+    estimated_remaining_seconds: Count | None = None
     metrics: Annotated[list[Metric], Field(max_length=64)] = []
     last_updated_time: datetime.datetime | None = None
     # Ours.
     phase: Phase | None = None
     stage: ShortText | None = None
-    step: Annotated[int, Field(ge=0)] | None = None
-    total_steps: Annotated[int, Field(ge=0)] | None = None
-    attempt: Annotated[int, Field(ge=0)] | None = None
+    step: Count | None = None
+    total_steps: Count | None = None
+    attempt: Count | None = None
     """Set by the server from the pod that reported."""
     checkpoint: CheckpointStatus | None = None
 

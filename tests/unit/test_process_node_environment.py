@@ -193,3 +193,10 @@ def test_invocation() -> None:
     master = pod_address("seed", "ns", "j", "j-0")
     assert call.env == {"HOSTNAME": "p", "DIR": "/host/w", "N": "1", "MASTER": master, "HOME": "/host/w/home"}
     assert invocation(make_pod(), {}, {}, [], PLACE, "/root-of-it").env["HOME"] == "/root-of-it"
+
+
+def test_a_containers_own_folder_is_not_taken_for_a_mount() -> None:
+    # A checkout may lie below a folder that is also some mount's path in the pod.
+    assert (
+        invocation(make_pod(), {}, {}, MOUNTS, PLACE, "/work/node/pods/p/root").working_dir == "/work/node/pods/p/root"
+    )
