@@ -157,7 +157,11 @@ Policy = Literal["Fail", "Drop", "Warn"]
 
 class DataPolicy(ApiModel):
     duplicates: Policy = "Drop"
+    """Training rows whose content is that of an earlier one, or nearly so."""
     leakage: Policy = "Fail"
+    """Training rows whose content is in validation or test data too, or nearly so."""
+    similarity: Annotated[float, Field(ge=0.7, le=1)] = 0.9
+    """Share of common five-word runs (Jaccard) from which on two rows are nearly the same; 1: only equal rows are."""
     invalid: Policy = "Fail"
     too_long: Literal["Fail", "Drop", "Warn", "Truncate"] = "Drop"
 

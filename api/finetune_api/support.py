@@ -32,12 +32,11 @@ def _unsupported(spec: FineTuneJobSpec) -> Iterator[Problem]:
     if spec.tuning.lora and spec.tuning.lora.initialization != "Default":
         yield refuse("tuning", "lora", "initialization", found=spec.tuning.lora.initialization, allowed="Default only")
     yield from formats.problems(spec)
-    for index, dataset in enumerate(spec.datasets):
-        if dataset.format not in FORMATS and dataset.format in formats.ACCEPTED[spec.method.type]:
-            yield refuse("datasets", index, "format", found=dataset.format, allowed=", ".join(FORMATS))
-    for name, holdout in (("validation", spec.validation), ("test", spec.test)):
-        if holdout and holdout.datasets:
-            yield refuse(name, "datasets", found=[d.name for d in holdout.datasets], allowed="fraction only")
+    held_out = spec.validation.datasets if spec.validation and spec.validation.datasets else []
+    for path, datasets in ((("datasets",), spec.datasets), (("validation", "datasets"), held_out)):
+        for index, dataset in enumerate(datasets):
+            if dataset.format not in FORMATS and dataset.format in formats.ACCEPTED[spec.method.type]:
+                yield refuse(*path, index, "format", found=dataset.format, allowed=", ".join(FORMATS))
     if spec.test:
         yield refuse("test", found="a test split", allowed="validation only")
     if spec.training.early_stopping:

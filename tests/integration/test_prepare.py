@@ -15,6 +15,8 @@ import pytest
 
 from finetune_api.failures import TerminationMessage
 from finetune_api.run import PreparedData, RunConfig
+from finetune_api.support import unsupported
+from finetune_trainer import shards
 from finetune_trainer.prepare import prepare
 from finetune_trainer.pull import pull
 from finetune_trainer.workdir import WorkDir
@@ -205,7 +207,7 @@ def test_what_is_left_out_is_counted_with_its_place(s3: S3) -> None:
         f"{place} 22: invalid JSON at column 2: Expecting property name enclosed in double quotes",
         f"{place} 23: found a list; each line must be one JSON object",
     ]
-    assert report["cases"]["duplicate"] == [f"{place} 24"]
+    assert report["cases"]["duplicate"] == [f"{place} 24 has the content of an earlier row"]
     assert report["cases"]["tooLong"][0].startswith(f"{place} 25: ")
     assert (report["rowsRead"], report["splits"]["train"]["examples"]) == (25, 20)
     assert report["sample"] == "What is 0? It is the number 0."
@@ -260,3 +262,18 @@ def test_several_datasets_keep_their_names(s3: S3) -> None:
         ("b", 5, "train/00001.parquet"),
     ]
     assert set(index.datasets_sha256) == {"a", "b"}
+
+
+def test_validation_data_of_its_own_are_decoded_beside_the_training_data(s3: S3, tmp_path: Path) -> None:
+    s3.put("s3://bucket/data/pairs.jsonl", jsonl(PAIRS[:10]))
+    s3.put("s3://bucket/data/held.jsonl", jsonl(PAIRS[10:14]))
+    held = {"datasets": [{"name": "held", "uri": "s3://bucket/data/held.jsonl"}]}
+    config = configured(s3, validation=held)
+    assert unsupported(config.spec) == []
+    work = WorkDir(tmp_path / "pod")
+    pull(config.model_copy(update={"prepared": prepare(config).prepared}), work)
+    index = index_of(s3)
+    assert set(index.datasets_sha256) == {"pairs", "validation/held"}
+    for split in ("train", "validation"):
+        shards.decode(index, ["pairs"], split, work)
+    assert (len(shards.load("train", work)), len(shards.load("validation", work))) == (10, 4)

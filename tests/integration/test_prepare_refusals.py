@@ -156,7 +156,7 @@ SPECS: dict[str, tuple[dict[str, Any], Reason, str]] = {
     "leakage": (
         {"datasets": [{"name": "p", "uri": "s3://bucket/good.jsonl"}],
          "validation": {"datasets": [{"name": "v", "uri": "s3://bucket/good.jsonl"}]}},
-        Reason.DATA_LEAKAGE, r"spec.datasets\[0\]: s3://bucket/good.jsonl line 1 is in the validation or test data"),
+        Reason.DATA_LEAKAGE, r"spec.datasets\[0\]: s3://bucket/good.jsonl line 1 is in the validation data too"),
 }  # fmt: skip
 
 

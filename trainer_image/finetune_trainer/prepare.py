@@ -122,7 +122,13 @@ def _index(
         job_uid=config.job_uid,
         spec_sha256=config.spec_sha256,
         inputs=[pinned for source in found for pinned in source.files],
-        datasets_sha256={source.dataset.name: digest(source.files, "s3://") for source in found},
+        datasets_sha256={
+            # Held-out data may bear the name of training data.
+            source.dataset.name if source.split is None else f"{source.split}/{source.dataset.name}": digest(
+                source.files, "s3://"
+            )
+            for source in found
+        },
         base_model=model.files,
         base_model_sha256=model.sha256,
         model=model.shape,

@@ -13,9 +13,10 @@ from finetune_trainer import log
 from finetune_trainer.data.basemodel import BaseModel
 from finetune_trainer.data.classes import Classes
 from finetune_trainer.data.formats import Ambiguous, BadRow, detect
-from finetune_trainer.data.policy import Repeats, refuse
+from finetune_trainer.data.near import sketch
+from finetune_trainer.data.policy import Candidate, Repeats, refuse
 from finetune_trainer.data.readers import Row, place
-from finetune_trainer.data.records import Record, digest_of, to_records
+from finetune_trainer.data.records import Record, compared_by, digest_of, to_records
 from finetune_trainer.data.report import SAMPLE, DatasetReport
 from finetune_trainer.data.shards import Encoded, ShardWriter, Upload
 from finetune_trainer.data.sources import Source, rows
@@ -129,7 +130,9 @@ class Pipeline:
                 )
                 digest = digest_of(records)
                 split = source.split or self._split(digest)
-                if not self._repeats.passes(source, report, where, split, digest):
+                compared = compared_by(records, row.value, template.columns if template else None)
+                known = sketch(*compared) if self._policy.similarity < 1 else None
+                if not self._repeats.passes(report, Candidate(source, where, split, digest, known)):
                     continue
                 placed = [Placed(where, split, record, self._lay_out(record)) for record in records]
             except BadRow as error:

@@ -1,11 +1,46 @@
-"""dataPolicy over rows: which ones are left out, which end the job, which are only told of."""
+"""dataPolicy over rows: which ones are left out, which end the job, which are only told of.
+
+Held-out data sets come first. Rows that a fraction holds out come mixed with the others; equal ones fall into the same
+split, and of nearly equal ones only the first is kept (unless `duplicates` says otherwise), whichever split it is in.
+"""
+
+from typing import NamedTuple
 
 from finetune_api.failures import FineTuneError, Reason
 from finetune_api.job import DataPolicy
 from finetune_api.run import Split
 from finetune_trainer import log
+from finetune_trainer.data.near import NearTexts, Sketch
 from finetune_trainer.data.report import DatasetReport
 from finetune_trainer.data.sources import Source
+
+
+class Candidate(NamedTuple):
+    """A row as this module sees it."""
+
+    source: Source
+    where: str
+    split: Split
+    digest: bytes
+    sketch: Sketch | None
+
+
+class _Near:
+    """Texts with where they stand and the split that they are in."""
+
+    def __init__(self, similarity: float) -> None:
+        self._texts = NearTexts(similarity)
+        self._known: dict[int, tuple[str, Split]] = {}
+
+    def find(self, row: Candidate) -> tuple[str, Split, float] | None:
+        match = self._texts.find(row.sketch) if row.sketch else None
+        return (*self._known[match.number], match.similarity) if match else None
+
+    def add(self, row: Candidate) -> None:
+        if row.sketch:
+            number = self._texts.add(row.sketch)
+            self._known[number] = (row.where, row.split)
+            self._known.pop(number - self._texts.capacity, None)
 
 
 class Repeats:
@@ -14,36 +49,66 @@ class Repeats:
     def __init__(self, policy: DataPolicy) -> None:
         self._policy = policy
         self._seen: set[bytes] = set()
-        self._held_out: set[bytes] = set()
+        self._held_out: dict[bytes, Split] = {}
+        self._near, self._near_held_out = _Near(policy.similarity), _Near(policy.similarity)
 
-    def passes(self, source: Source, report: DatasetReport, where: str, split: Split, digest: bytes) -> bool:
+    def passes(self, report: DatasetReport, row: Candidate) -> bool:
         """Whether the row stays. Raises DataLeakage or DataInvalid where the policy is Fail."""
-        if split != "train":
-            self._held_out.add(digest)
-            return True
-        if digest in self._held_out:
-            if self._policy.leakage == "Fail":
-                raise FineTuneError(
-                    Reason.DATA_LEAKAGE,
-                    f"{source.field}: {where} is in the validation or test data too (dataPolicy.leakage is Fail; Drop "
-                    "leaves such rows out of training)",
-                )
-            if self._policy.leakage == "Drop":
-                report.drop("leakage", where)
-                return False
-            report.warn("leakage", where)
-        if digest in self._seen:
-            if self._policy.duplicates == "Fail":
-                raise FineTuneError(
-                    Reason.DATA_INVALID,
-                    f"{source.field}: {where} has the content of an earlier row (dataPolicy.duplicates is Fail)",
-                )
-            if self._policy.duplicates == "Drop":
-                report.drop("duplicate", where)
-                return False
-            report.warn("duplicate", where)
-        self._seen.add(digest)
+        if not self._held_apart(report, row):
+            return False
+        if row.source.split is not None:
+            self._near_held_out.add(row)
+        elif not self._is_new(report, row):
+            return False
+        else:
+            self._near.add(row)
+        if row.split == "train":
+            self._seen.add(row.digest)
+        else:
+            self._held_out.setdefault(row.digest, row.split)
         return True
+
+    def _held_apart(self, report: DatasetReport, row: Candidate) -> bool:
+        other = self._held_out.get(row.digest)
+        if other is not None and other != row.split:
+            return self._leak(report, row, f"{row.where} is in the {other} data too")
+        near = self._near_held_out.find(row)
+        if near and near[1] != row.split:
+            return self._leak(report, row, f"{row.where} is nearly the same as {_told(near)} of the {near[1]} data")
+        return True
+
+    def _is_new(self, report: DatasetReport, row: Candidate) -> bool:
+        if row.split == "train" and row.digest in self._seen:
+            return self._duplicate(report, row, "duplicate", f"{row.where} has the content of an earlier row")
+        near = self._near.find(row)
+        if not near or (near[1] == row.split != "train"):
+            return True
+        said = f"{row.where} is nearly the same as {_told(near)}"
+        if near[1] != row.split and self._policy.duplicates != "Drop":
+            return self._leak(report, row, f"{said}, and one of them is held out")
+        return self._duplicate(report, row, "nearDuplicate", said)
+
+    def _leak(self, report: DatasetReport, row: Candidate, said: str) -> bool:
+        if self._policy.leakage == "Fail":
+            raise FineTuneError(
+                Reason.DATA_LEAKAGE,
+                f"{row.source.field}: {said} (dataPolicy.leakage is Fail; Drop leaves such rows out)",
+            )
+        return _keep_or_drop(report, row, "leakage", said, self._policy.leakage == "Drop")
+
+    def _duplicate(self, report: DatasetReport, row: Candidate, cause: str, said: str) -> bool:
+        if self._policy.duplicates == "Fail":
+            raise FineTuneError(Reason.DATA_INVALID, f"{row.source.field}: {said} (dataPolicy.duplicates is Fail)")
+        return _keep_or_drop(report, row, cause, said, self._policy.duplicates == "Drop")
+
+
+def _told(near: tuple[str, Split, float]) -> str:
+    return f"{near[0]} ({near[2]:.0%} of their five-word runs)"
+
+
+def _keep_or_drop(report: DatasetReport, row: Candidate, cause: str, said: str, drop: bool) -> bool:
+    (report.drop if drop else report.warn)(cause, said)
+    return not drop
 
 
 def refuse(policy: DataPolicy, source: Source, report: DatasetReport, where: str, why: str) -> None:

@@ -6,7 +6,7 @@ conversations or texts that begin alike; and, for KTO, one answer with a verdict
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from finetune_api.formats import Kind
@@ -74,6 +74,29 @@ def digest_of(records: Sequence[Record]) -> bytes:
     if len(examples) == 1:
         return content_hash(examples[0])
     return hashlib.blake2b(b"".join(map(content_hash, examples)), digest_size=16).digest()
+
+
+def compared_by(records: Sequence[Record], row: Row, rendered: Collection[str] | None) -> tuple[str, str]:
+    """What a row is asked and what it answers, without what many rows have in common: system prompts, templates.
+
+    `rendered`: the columns that the data set's own template names, where there is one.
+    """
+    asked: list[str] = []
+    said: list[str] = []
+    for example in (e for record in records for e in (record.example, record.rejected) if e is not None):
+        if isinstance(example, Chat):
+            turns = [turn for turn in example.messages if turn["role"] != "system"]
+            answers = turns[-1:] if turns[-1]["role"] == "assistant" else []
+            prompt = " ".join(turn["content"] for turn in turns[: len(turns) - len(answers)])
+            said += [turn["content"] for turn in answers]
+        elif isinstance(example, Pair):
+            prompt = example.prompt
+            said.append(example.completion)
+        else:
+            prompt = example.text
+        if not asked:
+            asked = [str(row[name]) for name in sorted(rendered) if name in row] if rendered else [prompt]
+    return " ".join(asked), " ".join(said)
 
 
 def _judged(row: Row, columns: Columns | None, render: Render | None, chat: bool) -> Record:

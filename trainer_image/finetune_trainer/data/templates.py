@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jinja2 import StrictUndefined, Template, TemplateError, nodes
+from jinja2 import StrictUndefined, Template, TemplateError, meta, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.filters import do_indent
@@ -152,6 +152,7 @@ class RowTemplate:
         """Raises BadTemplate."""
         env = _environment(undefined=StrictUndefined, keep_trailing_newline=True)
         self._template = _compiled(env, source)
+        self.columns = frozenset(meta.find_undeclared_variables(env.parse(source)))
 
     def render(self, row: Mapping[str, Any]) -> str:
         return _render(self._template, {str(name): value for name, value in row.items()})
