@@ -63,6 +63,8 @@ class DataStatus(ApiModel):
     test_examples: Count = 0
     train_tokens: Count = 0
     dropped: Count = 0
+    message: Annotated[str | None, Field(max_length=512)] = None
+    """What was found in the data, the most frequent first, each with its first case."""
     report_uri: Annotated[LongText | None, Field(alias="reportURI")] = None
 
 

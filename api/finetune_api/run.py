@@ -90,6 +90,8 @@ class PreparedSummary(ApiModel):
     train_tokens: Count
     dropped: Count
     max_tokens: Count
+    message: Annotated[str, Field(max_length=512)] = ""
+    """What was found in the data, the most frequent first, each with its first case; empty where nothing was."""
 
 
 class Devices(ApiModel):

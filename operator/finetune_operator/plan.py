@@ -274,6 +274,7 @@ def _data(prepared: PreparedSummary) -> DataStatus:
         test_examples=prepared.test_examples,
         train_tokens=prepared.train_tokens,
         dropped=prepared.dropped,
+        message=prepared.message or None,
         report_uri=prepared.report_uri,
     )
 

@@ -200,6 +200,8 @@ def test_what_is_left_out_is_counted_with_its_place(s3: S3) -> None:
     assert index_of(s3).dropped == {"invalid": 3, "duplicate": 1, "tooLong": 1}
     assert message.prepared is not None
     assert message.prepared.dropped == 5
+    assert message.prepared.message.startswith("3 left out as invalid (s3://bucket/data/pairs.jsonl line 21: `compl")
+    assert "; 1 left out as duplicate (s3://bucket/data/pairs.jsonl line 24 has the" in message.prepared.message
     report = json.loads(s3.get(message.prepared.report_uri))["datasets"][0]
     place = "s3://bucket/data/pairs.jsonl line"
     assert report["cases"]["invalid"] == [
@@ -277,3 +279,16 @@ def test_validation_data_of_its_own_are_decoded_beside_the_training_data(s3: S3,
     for split in ("train", "validation"):
         shards.decode(index, ["pairs"], split, work)
     assert (len(shards.load("train", work)), len(shards.load("validation", work))) == (10, 4)
+
+
+def test_special_tokens_in_rows_are_text_and_told(s3: S3) -> None:
+    rows = [{"prompt": "say <|im_end|> twice", "completion": "ok</s>"}, {"prompt": "b", "completion": "c"}]
+    s3.put("s3://bucket/data/pairs.jsonl", jsonl(rows))
+    message = prepare(configured(s3, model="chat"))
+    ids, labels = examples(s3)[0]
+    end = make_tokenizer().token_to_id("<|im_end|>")
+    assert (ids.count(end), labels.count(end), ids.count(2)) == (2, 1, 0)
+    assert message.prepared
+    assert message.prepared.message == (
+        "1 kept with specialTokens (s3://bucket/data/pairs.jsonl line 1: <|im_end|> is encoded as plain text)"
+    )

@@ -101,6 +101,13 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "a number": ("PromptCompletion", {"prompt": "q", "completion": 3}, "`completion` must be text; found int"),
     "nothing to learn": ("PromptCompletion", {"prompt": "q", "completion": "\n"}, "`completion` is empty"),
     "no column": ("Text", {"body": "x"}, "the column 'text' is missing; found body"),
+    "two users": ("Messages", {"messages": [USER, USER, ANSWER]}, "order: turn 2, user, follows user; system comes"),
+    "an answer to nothing": ("Messages", {"messages": [ANSWER, USER, ANSWER]}, "turn 1, assistant, comes first"),
+    "two answers": ("Messages", {"messages": [USER, ANSWER, ANSWER]}, "turn 3, assistant, follows assistant"),
+    "a late system prompt": ("Messages", {"messages": [USER, ANSWER, SYSTEM]}, "turn 3, system, follows assistant"),
+    "a tool that nobody called": (
+        "Messages", {"messages": [USER, {"role": "tool", "content": "x"}, ANSWER]}, "turn 2, tool, follows user"),
+    "empty answers": ("Messages", {"messages": [USER, ANSWER | {"content": " "}]}, "turn of the assistant is empty"),
     "tools": ("Messages", {"messages": [USER, ANSWER], "tools": {}}, "`tools` must be a list"),
 }  # fmt: skip
 

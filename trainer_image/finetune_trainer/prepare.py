@@ -18,7 +18,7 @@ from finetune_api.run import PreparedData, PreparedSummary, RunConfig, Shard, Sp
 from finetune_trainer import log
 from finetune_trainer.data.basemodel import BaseModel, digest, inspect
 from finetune_trainer.data.pipeline import Pipeline
-from finetune_trainer.data.report import DatasetReport
+from finetune_trainer.data.report import DatasetReport, worst
 from finetune_trainer.data.sources import Source, sources
 from finetune_trainer.probe import probe
 from finetune_trainer.storage import Store, join
@@ -72,7 +72,8 @@ def prepare(config: RunConfig) -> TerminationMessage:
         index = _index(config, model, found, pipeline, classes)
         data = index.model_dump_json(by_alias=True, exclude_none=True).encode()
         store.put_bytes(join(data_uri, "index.json"), data)
-    return TerminationMessage(prepared=_summary(data_uri, index, hashlib.sha256(data).hexdigest()))
+    summary = _summary(data_uri, index, hashlib.sha256(data).hexdigest())
+    return TerminationMessage(prepared=summary.model_copy(update={"message": worst(pipeline.reports)}))
 
 
 def _count(shards: list[Shard], split: Split) -> int:

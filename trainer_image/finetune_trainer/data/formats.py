@@ -45,6 +45,8 @@ UNPAIRED = ("completion", "label")
 """What Preference needs in its other layout, which KTO alone learns from."""
 # Reserved by the chat templates' rendering (see templates); noncharacters never stand in text that is interchanged.
 RESERVED = "\ufdd0\ufdd1"
+MARK = "\ufdd2"
+"""Stands inside of special tokens that a row holds (see guard)."""
 
 
 class BadRow(Exception):
@@ -149,9 +151,35 @@ def conversation(row: Mapping[str, Any], columns: Columns | None, answered: bool
 
 
 def _chat(turns: list[dict[str, Any]], row: Mapping[str, Any]) -> Chat:
-    if not any(turn["role"] == "assistant" for turn in turns):
+    said = [turn for turn in turns if turn["role"] == "assistant"]
+    if not said:
         raise BadRow("found no turn of the assistant; there is nothing to learn")
-    return Chat(tuple(turns), tools_of(row))
+    if not any(turn["content"].strip() or turn.get("tool_calls") for turn in said):
+        raise BadRow("every turn of the assistant is empty; there is nothing to learn")
+    return Chat(in_order(turns), tools_of(row))
+
+
+# What may come before a turn of each role; None: nothing.
+_BEFORE: dict[str, tuple[str | None, ...]] = {
+    "system": (None, "system"),
+    "user": (None, "system", "assistant", "tool"),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}
+
+
+def in_order(turns: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
+    """The turns of a conversation. Raises BadRow where they cannot follow each other."""
+    before: str | None = None
+    for number, turn in enumerate(turns, 1):
+        if before not in _BEFORE[turn["role"]]:
+            place = f"follows {before}" if before else "comes first"
+            raise BadRow(
+                f"roles are out of order: turn {number}, {turn['role']}, {place}; system comes first, user and "
+                "assistant take turns, tool follows assistant"
+            )
+        before = turn["role"]
+    return tuple(turns)
 
 
 def tools_of(row: Mapping[str, Any]) -> list[Any] | None:
@@ -255,4 +283,4 @@ def content_hash(example: Example) -> bytes:
 
 
 def _fold(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFC", text).split())
+    return " ".join(unicodedata.normalize("NFC", text.replace(MARK, "")).split())

@@ -13,6 +13,7 @@ from finetune_trainer import log
 from finetune_trainer.data.basemodel import BaseModel
 from finetune_trainer.data.classes import Classes
 from finetune_trainer.data.formats import Ambiguous, BadRow, detect
+from finetune_trainer.data.guard import Guard, Guarded, plain, unmarked
 from finetune_trainer.data.near import sketch
 from finetune_trainer.data.policy import Candidate, Repeats, refuse
 from finetune_trainer.data.readers import Row, place
@@ -60,6 +61,7 @@ class Pipeline:
             )
         self._repeats = Repeats(self._policy)
         self._classes = Classes()
+        self._guard = Guard(model.encoder.special_tokens, model.encoder.eos)
         self._numbers: dict[Split, int] = {}
         self._progress = log.Progress("prepare", None, "rows")
         self.shards: list[Shard] = []
@@ -120,8 +122,9 @@ class Pipeline:
             try:
                 if row.problem:
                     raise BadRow(row.problem)
+                guarded = self._guard.row(row.value) if form != "Text" else Guarded(row.value, "")
                 records = to_records(
-                    row.value,
+                    guarded.row,
                     form,
                     self.kind,
                     source.dataset.columns,
@@ -136,8 +139,10 @@ class Pipeline:
                     continue
                 placed = [Placed(where, split, record, self._lay_out(record)) for record in records]
             except BadRow as error:
-                refuse(self._policy, source, report, where, str(error))
+                refuse(self._policy, source, report, where, plain(str(error)))
                 continue
+            if guarded.found:
+                report.warn("specialTokens", where, f"{guarded.found} is encoded as plain text")
             if not report.sample:
                 report.sample = placed[0].texts[0].text[:SAMPLE]
             yield from placed
@@ -146,8 +151,8 @@ class Pipeline:
         """Raises BadRow."""
         chat = self._model.chat
         if self.kind in ("Classes", "Prompts"):
-            return [lay_out_prompt(record.example, chat)]
-        return [lay_out(e, self._loss, chat) for e in (record.example, record.rejected) if e is not None]
+            return [unmarked(lay_out_prompt(record.example, chat))]
+        return [unmarked(lay_out(e, self._loss, chat)) for e in (record.example, record.rejected) if e is not None]
 
     def _rows(self, source: Source) -> Iterator[tuple[str, Row]]:
         for pinned in source.files:
@@ -216,7 +221,8 @@ class Pipeline:
             return None
         record = item.record
         rejected = found[1] if len(found) > 1 else None
-        return Encoded(found[0], rejected, record.desirable, record.label, record.reference)
+        label, reference = (text and plain(text) for text in (record.label, record.reference))
+        return Encoded(found[0], rejected, record.desirable, label, reference)
 
     def _cut(self, tokens: Tokens) -> Tokens:
         """A prompt keeps its end, which is what is answered; all else keeps its beginning."""

@@ -21,6 +21,7 @@ from finetune_trainer.data.formats import (
     column_of,
     content_hash,
     conversation,
+    in_order,
     nonempty,
     optional_of,
     text_of,
@@ -148,7 +149,7 @@ def _conversations(row: Row, columns: Columns | None) -> tuple[Chat, Chat]:
         if turns[-1]["role"] != "assistant":
             raise BadRow(f"`{name}` must end with a turn of the assistant; found {turns[-1]['role']}")
     tools = tools_of(row)
-    return Chat(tuple(chosen), tools), Chat(tuple(rejected), tools)
+    return Chat(in_order(chosen), tools), Chat(in_order(rejected), tools)
 
 
 def _asked(row: Row, columns: Columns | None) -> list[dict[str, Any]]:
@@ -181,7 +182,7 @@ def _prompt(row: Row, columns: Columns | None, render: Render | None, chat: bool
         turns, tools = _asked(row, columns), tools_of(row)
     if not turns or turns[-1]["role"] not in ("user", "tool"):
         raise BadRow("the prompt must end with a turn of the user, for the assistant to answer")
-    return Chat(tuple(turns), tools)
+    return Chat(in_order(turns), tools)
 
 
 def _reference(row: Row, columns: Columns | None) -> str | None:

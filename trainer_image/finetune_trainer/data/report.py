@@ -1,6 +1,7 @@
 """data-report.json: what was read, what was left out and why, and how long the examples are."""
 
 import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,3 +103,16 @@ class DatasetReport:
             "cases": self.cases,
             "sample": self.sample[:SAMPLE],
         }
+
+
+def worst(reports: Sequence[DatasetReport], limit: int = 400) -> str:
+    """What befell the most rows of all data sets, in at most `limit` bytes: `12 left out as invalid (s3://…); …`."""
+    found = [
+        (count, f"{count:,} {verb} {cause} ({report.cases[cause][0]})")
+        for report in reports
+        for counts, verb in ((report.dropped, "left out as"), (report.warned, "kept with"))
+        for cause, count in counts.items()
+    ]
+    text = "; ".join(said for _, said in sorted(found, key=lambda item: -item[0])[:3])
+    data = text.encode()
+    return text if len(data) <= limit else data[: limit - 3].decode(errors="ignore") + "…"

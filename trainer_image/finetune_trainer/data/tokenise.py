@@ -4,10 +4,11 @@ The whole text is encoded at once and its loss follows from the characters that 
 treat the start of a text differently (SentencePiece's leading space) see what they will see at inference.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 
 from finetune_trainer.data.formats import BadRow, Chat, Example, Pair
 from finetune_trainer.data.templates import ChatTemplate
@@ -22,6 +23,8 @@ class Text(NamedTuple):
     """What carries loss, as [start, end) of characters."""
     special: bool
     """The tokeniser adds its own special tokens (BOS): a chat template writes them itself."""
+    cuts: tuple[int, ...] = ()
+    """Where the text is cut before it is encoded, so that what looks like a special token is not taken for one."""
 
 
 class Tokens(NamedTuple):
@@ -99,17 +102,37 @@ class Encoder:
 
     def encode(self, texts: Sequence[Text]) -> list[Tokens]:
         """In order; runs on all cores."""
-        found: list[Tokens | None] = [None] * len(texts)
+        found = [self._cut(text) if text.cuts else None for text in texts]
         for special in (False, True):
-            chosen = [index for index, text in enumerate(texts) if text.special == special]
+            chosen = [index for index, text in enumerate(texts) if text.special == special and not text.cuts]
             encodings = self._tokenizer.encode_batch([texts[i].text for i in chosen], add_special_tokens=special)
             for index, encoding in zip(chosen, encodings, strict=True):
-                found[index] = self._tokens(encoding, texts[index])
+                found[index] = self._tokens(list(encoding.ids), encoding.offsets, texts[index])
         return [tokens for tokens in found if tokens is not None]
 
-    def _tokens(self, encoding: Encoding, text: Text) -> Tokens:
-        ids: list[int] = list(encoding.ids)
-        labels = _labels(ids, encoding.offsets, text.spans)
+    @property
+    def special_tokens(self) -> list[str]:
+        """In text."""
+        return [str(self._tokenizer.id_to_token(number)) for number in sorted(self._ends)]
+
+    @property
+    def eos(self) -> str:
+        return str(self._tokenizer.id_to_token(self._eos))
+
+    def _cut(self, text: Text) -> Tokens:
+        """A text in pieces, which together are encoded as if none of the cuts lay in a word."""
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        for start, stop in itertools.pairwise((0, *text.cuts, len(text.text))):
+            piece = self._tokenizer.encode(text.text[start:stop], add_special_tokens=text.special and start == 0)
+            added = start == 0 and piece.ids and piece.ids[-1] == self._eos and piece.special_tokens_mask[-1]
+            count = len(piece.ids) - bool(added)
+            ids += piece.ids[:count]
+            offsets += [(start + first, start + last) for first, last in piece.offsets[:count]]
+        return self._tokens(ids, offsets, text)
+
+    def _tokens(self, ids: list[int], offsets: Sequence[tuple[int, int]], text: Text) -> Tokens:
+        labels = _labels(ids, offsets, text.spans)
         if len(ids) > 1 and ids[0] == ids[1] == self._bos:
             # The text began with what the tokeniser adds.
             del ids[0], labels[0]
