@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from finetune_api.model import ApiModel, ShortText
-from finetune_api.tuning import Tuning
+from finetune_api.tuning import Freeze, LoRA, Tuning
 
 Strategy = Literal["DDP", "ZeRO1", "ZeRO2", "ZeRO3"]
 Count = Annotated[int, Field(ge=0)]
@@ -20,6 +20,19 @@ HEADROOM = 0.9
 RUNTIME_BYTES = {"CUDA": 1.5e9, "CPU": 0.7e9}
 """What a process holds before the model: CUDA context and NCCL buffers, or the interpreter with torch loaded."""
 MAX_MICRO_BATCH = 64
+ALL_STRATEGIES: tuple[Strategy, ...] = ("DDP", "ZeRO1", "ZeRO2", "ZeRO3")
+STRATEGIES: dict[str, tuple[Strategy, ...]] = {
+    # bitsandbytes' packed weights cannot be partitioned, nor would DeepSpeed leave them as they are.
+    "QLoRA": ("DDP",),
+    # The norm of the base weights is taken outside of their layer, where ZeRO-3 has not gathered them.
+    "DoRA": ("DDP", "ZeRO1", "ZeRO2"),
+    # peft reads these embeddings outside of the forward pass too.
+    "PromptTuning": ("DDP", "ZeRO1", "ZeRO2"),
+    "PrefixTuning": ("DDP", "ZeRO1", "ZeRO2"),
+}
+"""By tuning, where not all of them work."""
+RECOMPUTATION: dict[str, tuple[bool, ...]] = {"PrefixTuning": (False,)}
+"""Whether activations may be recomputed, where not both work: a block's second run would meet its prefix twice."""
 
 
 class DoesNotFit(Exception):
@@ -38,6 +51,12 @@ class ModelShape(ApiModel):
     """Weights of the linear layers but the head: what QLoRA quantises."""
     target_features: Count
     """Sum of inputs + outputs over the modules that the tuning targets: a LoRA of rank r trains r times as many."""
+    target_outputs: Count = 0
+    """Sum of outputs alone over the same modules: IA3 trains as many, DoRA as many more than LoRA."""
+    block_parameters: Count = 0
+    """Weights of one block, the mean of them."""
+    key_value_size: Count = 0
+    """Width of a layer's keys: less than hidden_size where heads share them."""
     largest_layer_parameters: Count
     max_positions: Count
     dtype: Literal["BFloat16", "Float16", "Float32"]
@@ -80,18 +99,18 @@ def trainable_parameters(shape: ModelShape, tuning: Tuning) -> int:
     """T. For PEFT methods the adapter's size, for Freeze the last blocks and the head."""
     match tuning.type:
         case "LoRA" | "QLoRA" | "DoRA":
-            rank = tuning.lora.rank if tuning.lora else 16
-            return rank * shape.target_features
+            rank = (tuning.lora or LoRA()).rank
+            magnitudes = shape.target_outputs if tuning.type == "DoRA" else 0
+            return rank * shape.target_features + magnitudes
         case "IA3":
-            return shape.target_features
+            return shape.target_outputs
         case "PromptTuning":
-            return (tuning.prompt_tuning.tokens if tuning.prompt_tuning else 20) * shape.hidden_size
+            return tuning.virtual_tokens * shape.hidden_size
         case "PrefixTuning":
-            tokens = tuning.prefix_tuning.tokens if tuning.prefix_tuning else 20
-            return tokens * 2 * shape.layers * shape.hidden_size
+            return tuning.virtual_tokens * 2 * shape.layers * (shape.key_value_size or shape.hidden_size)
         case "Freeze":
-            blocks = min(tuning.freeze.trainable_layers if tuning.freeze else 2, shape.layers)
-            per_block = shape.linear_parameters // max(1, shape.layers)
+            blocks = min((tuning.freeze or Freeze()).trainable_layers, shape.layers)
+            per_block = shape.block_parameters or shape.linear_parameters // max(1, shape.layers)
             return blocks * per_block + shape.vocab_size * shape.hidden_size
         case "Full":
             return shape.parameters
@@ -123,7 +142,8 @@ def _states(shape: ModelShape, request: Request, device: Device, strategy: Strat
     if request.tuning.type == "QLoRA":
         weights = 0.52 * shape.linear_parameters + w * (shape.parameters - shape.linear_parameters)
     if strategy == "DDP":
-        return weights + 16.0 * trained
+        # Several ranks exchange gradients in buckets of their own, beside the gradients.
+        return weights + (16.0 if n == 1 else 20.0) * trained
     # ZeRO computes with a copy in the model's precision; the fp32 copy and Adam's moments are split over the ranks.
     copy, gradients, optimizer = float(w * trained), float(w * trained), 12.0 * trained / n
     if strategy in ("ZeRO2", "ZeRO3"):
@@ -141,7 +161,7 @@ def _states(shape: ModelShape, request: Request, device: Device, strategy: Strat
 def _activations(shape: ModelShape, request: Request, device: Device, micro: int, checkpointing: bool) -> float:
     """Activations and logits; the figures of facts are for two-byte values."""
     scale = _weight_bytes(request, device) / 2
-    tokens = request.sequence_length * micro
+    tokens = (request.sequence_length + request.tuning.virtual_tokens) * micro
     block = 34 * tokens * shape.hidden_size * scale
     inner = 2 * tokens * shape.hidden_size * shape.layers * scale + block if checkpointing else block * shape.layers
     return inner + 10 * tokens * shape.vocab_size
@@ -170,7 +190,7 @@ def size(shape: ModelShape, request: Request, device: Device) -> Sizing:
         micros = [request.micro_batch_size]
     budget = device.memory_bytes * HEADROOM
     for strategy in _strategies(request):
-        for checkpointing in (False, True):
+        for checkpointing in RECOMPUTATION.get(request.tuning.type, (False, True)):
             for micro in micros:
                 need = memory(shape, request, device, strategy, micro, checkpointing)
                 if need <= budget:
@@ -188,15 +208,16 @@ def size(shape: ModelShape, request: Request, device: Device) -> Sizing:
 def _strategies(request: Request) -> tuple[Strategy, ...]:
     if request.strategy != "Auto":
         return (request.strategy,)
-    # bitsandbytes' packed weights cannot be partitioned, and one rank has nobody to share with.
-    if request.world_size == 1 or request.tuning.type == "QLoRA":
-        return ("DDP",)
-    return ("DDP", "ZeRO1", "ZeRO2", "ZeRO3")
+    # One rank has nobody to share with.
+    return ("DDP",) if request.world_size == 1 else STRATEGIES.get(request.tuning.type, ALL_STRATEGIES)
 
 
 def _advice(shape: ModelShape, request: Request, device: Device, micro: int) -> str:
     strategies = _strategies(request)
-    least = min(memory(shape, request, device, s, micro, True) for s in strategies)
+    least = min(
+        memory(shape, request, device, s, micro, RECOMPUTATION.get(request.tuning.type, (True,))[-1])
+        for s in strategies
+    )
     text = (
         f"{shape.parameters / 1e9:.2f}B parameters with {request.tuning.type} need {_gib(least)} of memory per process "
         f"at the least ({strategies[-1]}, micro-batch {micro}, {request.sequence_length} tokens); "

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from finetune_api import formats
+from finetune_api import combinations, formats
 from finetune_api.job import FineTuneJobSpec
 from finetune_api.model import Problem
 from finetune_api.profile import FineTuneProfileSpec
@@ -25,13 +25,8 @@ def _unsupported(spec: FineTuneJobSpec) -> Iterator[Problem]:
         yield refuse("baseModel", "adapterUri", found=spec.base_model.adapter_uri, allowed="no earlier adapter")
     if spec.method.type != "SFT":
         yield refuse("method", "type", found=spec.method.type, allowed="SFT only")
-    if spec.tuning.type != "LoRA":
-        yield refuse("tuning", "type", found=spec.tuning.type, allowed="LoRA only")
-    if spec.tuning.lora and spec.tuning.lora.scaling != "Standard":
-        yield refuse("tuning", "lora", "scaling", found=spec.tuning.lora.scaling, allowed="Standard only")
-    if spec.tuning.lora and spec.tuning.lora.initialization != "Default":
-        yield refuse("tuning", "lora", "initialization", found=spec.tuning.lora.initialization, allowed="Default only")
     yield from formats.problems(spec)
+    yield from combinations.problems(spec)
     held_out = spec.validation.datasets if spec.validation and spec.validation.datasets else []
     for path, datasets in ((("datasets",), spec.datasets), (("validation", "datasets"), held_out)):
         for index, dataset in enumerate(datasets):

@@ -53,3 +53,19 @@ class Tuning(ApiModel):
     prompt_tuning: VirtualTokens | None = None
     prefix_tuning: VirtualTokens | None = None
     freeze: Freeze | None = None
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether what is trained stands beside the model's weights, rather than being some of them."""
+        return self.type not in ("Freeze", "Full")
+
+    @property
+    def target_modules(self) -> list[str]:
+        """The modules that an adapter sits on; of no meaning where there is none."""
+        return (self.ia3 or IA3()).target_modules if self.type == "IA3" else (self.lora or LoRA()).target_modules
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Of PromptTuning and PrefixTuning; 0 elsewhere."""
+        prompts = {"PromptTuning": self.prompt_tuning, "PrefixTuning": self.prefix_tuning}
+        return (prompts[self.type] or VirtualTokens()).tokens if self.type in prompts else 0

@@ -60,7 +60,6 @@ def test_names_that_would_not_fit_their_children_are_refused(name: str) -> None:
     ("changes", "path"),
     [
         ({"method": {"type": "DPO"}}, "spec.method.type"),
-        ({"tuning": {"type": "QLoRA"}}, "spec.tuning.type"),
         ({"output": {"uri": "s3://out-bucket/", "merged": True}}, "spec.output.merged"),
         ({"stages": [{"name": "a"}]}, "spec.stages"),
         ({"baseModel": {"uri": "hf://org/name"}}, "spec.baseModel.uri"),
@@ -71,6 +70,37 @@ def test_what_is_not_built_yet_is_refused_with_its_field(changes: dict[str, Any]
     problems = unsupported(job.parse(job_manifest(**changes)).spec)
     assert [format_path(p.path) for p in problems] == [path]
     assert "this version supports" in problems[0].message
+
+
+@pytest.mark.parametrize(
+    ("changes", "path", "words"),
+    [
+        (
+            {"tuning": {"type": "PromptTuning"}, "method": {"type": "SFT", "sft": {"packing": True}}},
+            "spec.method.sft.packing",
+            "only the row's first example would see them",
+        ),
+        (
+            {"tuning": {"type": "QLoRA"}, "distribution": {"strategy": "ZeRO2"}},
+            "spec.distribution.strategy",
+            "QLoRA's quantised weights cannot be partitioned: DDP (or Auto)",
+        ),
+        (
+            {"tuning": {"type": "DoRA"}, "distribution": {"strategy": "ZeRO3"}},
+            "spec.distribution.strategy",
+            "DDP or ZeRO1 or ZeRO2 (or Auto)",
+        ),
+        (
+            {"tuning": {"type": "QLoRA", "lora": {"initialization": "PiSSA"}}},
+            "spec.tuning.lora.initialization",
+            "it changes the base weights",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused_with_the_reason(changes: dict[str, Any], path: str, words: str) -> None:
+    (problem,) = unsupported(job.parse(job_manifest(**changes)).spec)
+    assert format_path(problem.path) == path
+    assert words in problem.message
 
 
 def test_the_minimal_job_is_supported() -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from finetune_api.manifest import RunInfo
 from finetune_api.run import PreparedData, RunConfig
-from finetune_api.tuning import LoRA
+from finetune_api.tuning import Freeze, LoRA, Tuning
 
 POINTS = 12
 """Rows of the loss table."""
@@ -31,11 +31,17 @@ def sparkline(values: Sequence[float], width: int = 60) -> str:
 
 def model_card(config: RunConfig, index: PreparedData, run: RunInfo, history: History, seconds: float) -> str:
     """README.md of the adapter: where it comes from, how it was made, what it gained."""
+    tuning = config.spec.tuning
+    what = (
+        f"A {tuning.type} adapter for `{run.base_model_uri}`, trained"
+        if tuning.is_adapter
+        else f"`{run.base_model_uri}`, trained ({tuning.type})"
+    )
     parts = [
         _front_matter(config),
-        f"# {config.job}\n\nA LoRA adapter for `{run.base_model_uri}`, trained by supervised fine-tuning.",
-        "## Results\n\n" + _results(run.metrics),
-        "## Use\n\n" + _use(run.base_model_uri),
+        f"# {config.job}\n\n{what} by supervised fine-tuning.",
+        "## Results\n\n" + _results(run.metrics, "With this adapter" if tuning.is_adapter else "This model"),
+        "## Use\n\n" + (_use(run.base_model_uri) if tuning.is_adapter else USE_MODEL),
         "## Data\n\n" + _data(config, index, run),
         "## Training\n\n" + _training(config, seconds, history),
         "## Loss\n\n" + _loss(history),
@@ -48,9 +54,9 @@ def _front_matter(config: RunConfig) -> str:
     # No licence: it depends on the base model's and the data's, which are not ours to state.
     fields = {
         "base_model": config.spec.base_model.uri,
-        "library_name": "peft",
+        "library_name": "peft" if config.spec.tuning.is_adapter else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["lora", "sft"],
+        "tags": [config.spec.tuning.type.lower(), "sft"],
     }
     return "---\n" + "\n".join(f"{name}: {json.dumps(value)}" for name, value in fields.items()) + "\n---"
 
@@ -60,7 +66,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _results(metrics: dict[str, float]) -> str:
+def _results(metrics: dict[str, float], after: str) -> str:
     pairs = (("Validation loss", "evalLoss"), ("Validation perplexity", "perplexity"))
     rows = [
         [title, f"{metrics[f'{name}Before']:.4f}", f"{metrics[name]:.4f}"]
@@ -69,7 +75,16 @@ def _results(metrics: dict[str, float]) -> str:
     ]
     if not rows:
         return "No validation data was given, so nothing was evaluated."
-    return _table(["", "Base model", "With this adapter"], rows)
+    return _table(["", "Base model", after], rows)
+
+
+USE_MODEL = (
+    "```python\n"
+    "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+    'model = AutoModelForCausalLM.from_pretrained("<this folder>")\n'
+    'tokenizer = AutoTokenizer.from_pretrained("<this folder>")\n'
+    "```"
+)
 
 
 def _use(base_model_uri: str) -> str:
@@ -109,14 +124,11 @@ def _data(config: RunConfig, index: PreparedData, run: RunInfo) -> str:
 def _training(config: RunConfig, seconds: float, history: History) -> str:
     spec, sizing = config.spec, config.sizing
     assert sizing
-    lora, training = spec.tuning.lora or LoRA(), spec.training
+    training = spec.training
     steps = int(history[-1]["step"]) if history else 0
     rows = [
         ["Method", f"{spec.method.type}, loss on {spec.method.sft.loss if spec.method.sft else 'Completion'}"],
-        [
-            "LoRA",
-            f"rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, on {', '.join(lora.target_modules)}",
-        ],
+        [spec.tuning.type, _tuning(spec.tuning)],
         ["Steps", f"{steps:,}, {training.global_batch_size} {'packed rows' if _packed(config) else 'examples'} each"],
         ["Passes", f"{training.epochs:g}" if training.epochs else "by steps" if training.max_steps else "1"],
         ["Learning rate", f"{training.learning_rate:g}, {training.schedule}, warm-up {training.warmup_ratio:.0%}"],
@@ -131,6 +143,29 @@ def _training(config: RunConfig, seconds: float, history: History) -> str:
         ["Time", f"{seconds:,.0f} s of training"],
     ]
     return _table(["", ""], rows)
+
+
+def _tuning(tuning: Tuning) -> str:
+    modules = f"on {', '.join(tuning.target_modules)}"
+    match tuning.type:
+        case "Full":
+            return "every weight"
+        case "Freeze":
+            return f"the last {(tuning.freeze or Freeze()).trainable_layers} blocks and the head"
+        case "PromptTuning" | "PrefixTuning":
+            return f"{tuning.virtual_tokens} virtual tokens"
+        case "IA3":
+            return modules
+    lora = tuning.lora or LoRA()
+    options = "".join(
+        f", {words}"
+        for words, chosen in (
+            ("rank-stabilised", lora.scaling == "RankStabilized"),
+            ("PiSSA initialisation", lora.initialization == "PiSSA"),
+        )
+        if chosen
+    )
+    return f"rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}{options}, {modules}"
 
 
 def _packed(config: RunConfig) -> bool:

@@ -105,7 +105,7 @@ class Checkpoints:
         parameters, moments, count = state.capture(trainer)
         if any(not bool(value.isfinite().all()) for value in parameters.values()):
             raise FineTuneError(
-                Reason.DIVERGED, f"the adapter's weights are not numbers at step {trainer.state.global_step}"
+                Reason.DIVERGED, f"the trained weights are not numbers at step {trainer.state.global_step}"
             )
         if self._ranks.is_main:
             self.wait()

@@ -1,4 +1,4 @@
-"""The base model from the pod's disk, and what of it is trained."""
+"""The base model from the pod's disk, whole or quantised."""
 
 import importlib.util
 import os
@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.trainer_utils import set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from finetune_api.failures import FineTuneError, Reason
 from finetune_api.job import FineTuneJobSpec
 from finetune_api.run import Devices
-from finetune_api.tuning import LoRA, Tuning
+from finetune_api.tuning import Tuning
 
 DTYPES = {"BFloat16": torch.bfloat16, "Float16": torch.float16, "Float32": torch.float32}
 
@@ -41,14 +39,29 @@ def attention_of(dtype: torch.dtype, devices: Devices) -> Literal["flash_attenti
     return "flash_attention_2" if flash else "sdpa"
 
 
-def load_model(path: Path, dtype: torch.dtype, attention: str, device: torch.device | None) -> Any:
+def quantization_of(tuning: Tuning, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """QLoRA's: NF4 in blocks of 64 weights, their scales quantised again (Dettmers et al. 2023)."""
+    if tuning.type != "QLoRA":
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def load_model(
+    path: Path,
+    dtype: torch.dtype,
+    attention: str,
+    device: torch.device | None,
+    quantization: BitsAndBytesConfig | None = None,
+) -> Any:
     """A causal language model from safetensors; code that comes with a model is never run. Raises ModelInvalid.
 
     `device`: where each weight goes as it is read; None leaves it to DeepSpeed, which partitions as it reads.
     """
     on_gpu = device is not None and device.type == "cuda"
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
             device_map={"": device} if on_gpu else None,
@@ -56,40 +69,17 @@ def load_model(path: Path, dtype: torch.dtype, attention: str, device: torch.dev
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
+            quantization_config=quantization,
         )
     except (OSError, ValueError, KeyError) as error:
         text = str(error).replace(f"{path}{os.sep}", "").replace(str(path), "the model").strip().split("\n")[0]
         raise FineTuneError(Reason.MODEL_INVALID, f"the base model cannot be loaded: {text}") from error
-
-
-def lora_config(lora: LoRA, base_model_uri: str) -> LoraConfig:
-    names = lora.target_modules
-    return LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha if lora.alpha != int(lora.alpha) else int(lora.alpha),
-        lora_dropout=lora.dropout,
-        target_modules="all-linear" if names == ["AllLinear"] else list(names),
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base_model_uri,
-    )
-
-
-def tune(model: Any, tuning: Tuning, base_model_uri: str, seed: int, gradient_checkpointing: bool) -> PeftModel:
-    """The model with an adapter to train and the rest frozen; the same adapter on every rank. Raises InvalidSpec."""
-    if tuning.type != "LoRA":
-        raise FineTuneError(Reason.INVALID_SPEC, f"spec.tuning.type: found {tuning.type}; this version supports LoRA")
-    set_seed(seed)
-    model.config.use_cache = False
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    config = lora_config(tuning.lora or LoRA(), base_model_uri)
-    try:
-        peft = get_peft_model(model, config)
-    except ValueError as error:
-        raise FineTuneError(Reason.INVALID_SPEC, f"spec.tuning.lora.targetModules: {error}") from error
-    # peft writes the model's own path over what it was given, and a mounted path would leak into what is published.
-    peft.peft_config["default"].base_model_name_or_path = base_model_uri
-    return peft
+    if quantization:
+        for module in model.modules():
+            # bitsandbytes would repack the weights at the first evaluation, for a kernel that rounds to bfloat16.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

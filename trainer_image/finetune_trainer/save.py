@@ -1,10 +1,15 @@
-"""The folder that is published: a plain peft adapter, the tokenizer as it came, the model card and the figures."""
+"""The folder that is published: a plain peft adapter or a whole model, and the tokenizer as it came."""
 
 import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from finetune_trainer.model import load_model
 from finetune_trainer.state import Tensors
+from finetune_trainer.tuning import as_plain_lora
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -19,16 +24,41 @@ TOKENIZER_FILES = (
 )
 
 
-def save_adapter(model: Any, parameters: Tensors, directory: Path) -> None:
-    """adapter_model.safetensors (float32) and adapter_config.json; `parameters`: the trained ones, whole, by name."""
+def save_adapter(model: Any, parameters: Tensors, initial: Tensors, directory: Path) -> None:
+    """adapter_model.safetensors (float32) and adapter_config.json; `parameters`: the trained ones, whole, by name.
+
+    `initial`: of `tuning.initial_of`. Not collective.
+    """
     shutil.rmtree(directory, ignore_errors=True)
+    parameters = as_plain_lora(parameters, initial, model.peft_config["default"])
     for config in model.peft_config.values():
-        if isinstance(config.target_modules, set):  # a set is written in another order each time
+        if isinstance(getattr(config, "target_modules", None), set):  # a set is written in another order each time
             config.target_modules = sorted(config.target_modules)
     # "auto" would look the base model up on a hub to see whether its vocabulary grew.
     model.save_pretrained(directory, state_dict=parameters, safe_serialization=True, save_embedding_layers=False)
-    # safetensors writes files that only their owner may read.
-    (directory / "adapter_model.safetensors").chmod(0o644)
+    _readable(directory)
+
+
+def save_model(source: Path, dtype: torch.dtype, parameters: Tensors, directory: Path) -> None:
+    """config.json and safetensors: the base model of `source` with the trained weights in place of its own.
+
+    Read anew into the host's memory, since a rank of ZeRO-3 holds a share alone: as much again as the weights take.
+    """
+    shutil.rmtree(directory, ignore_errors=True)
+    unset_hf_deepspeed_config()
+    model = load_model(source, dtype, "sdpa", None)
+    named = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in parameters.items():
+            named[name].copy_(value)
+    model.save_pretrained(directory)
+    _readable(directory)
+
+
+def _readable(directory: Path) -> None:
+    """safetensors writes files that only their owner may read."""
+    for path in directory.glob("*.safetensors"):
+        path.chmod(0o644)
 
 
 def copy_tokenizer(model: Path, directory: Path) -> None:

@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 import warnings
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import transformers
@@ -22,7 +22,7 @@ from finetune_api.failures import FineTuneError, Reason, TerminationMessage, Tra
 from finetune_api.manifest import RunInfo
 from finetune_api.run import PreparedData, RunConfig
 from finetune_api.sizing import Sizing
-from finetune_trainer import arguments, card, distributed, log, model, save, shards, state
+from finetune_trainer import arguments, card, distributed, log, model, save, shards, state, tuning
 from finetune_trainer.batches import Examples, MicroBatches, Plan, rows_of
 from finetune_trainer.callbacks import Journal, Progress, Seeds, Signals, Steering
 from finetune_trainer.checkpoint import Checkpoints, Resumed
@@ -57,8 +57,16 @@ def train(config: RunConfig, work: WorkDir, signals: Signals, reporter: Reporter
     args = make_arguments(config, work, data.plan, dtype)
     place = ranks.device if sizing.strategy != "ZeRO3" else None
     attention = model.attention_of(dtype, config.devices)
-    base = model.load_model(work.model, dtype, attention, place)
-    tuned = model.tune(base, spec.tuning, spec.base_model.uri, spec.training.seed, sizing.gradient_checkpointing)
+    base = model.load_model(work.model, dtype, attention, place, model.quantization_of(spec.tuning, dtype))
+    tuned = tuning.tune(
+        base,
+        spec.tuning,
+        spec.base_model.uri,
+        spec.training.seed,
+        sizing.gradient_checkpointing,
+        masters=sizing.strategy == "DDP",
+    )
+    initial = tuning.initial_of(tuned, spec.tuning)
 
     checkpoints = Checkpoints(store, config.scratch_uri, work, config.spec_sha256, ranks, spec.checkpoint.keep)
     checkpoints.on_uploaded = reporter.checkpoint
@@ -82,7 +90,11 @@ def train(config: RunConfig, work: WorkDir, signals: Signals, reporter: Reporter
     parameters, _, _ = state.capture(trainer)
     distributed.stop(ranks)
     if ranks.is_main:
-        end.result = publish_adapter(config, work, store, data, tuned, parameters, journal, metrics, reporter)
+        if spec.tuning.is_adapter:
+            save.save_adapter(tuned, parameters, initial, work.output)
+        else:
+            save.save_model(work.model, dtype, parameters, work.output)
+        end.result = publish_output(config, work, store, data, journal, metrics, reporter)
         checkpoints.wait()
 
 
@@ -210,19 +222,16 @@ def figures(trainer: Any, data: Data, ranks: Ranks, sizing: Sizing, suffix: str)
     return {f"evalLoss{suffix}": found.loss, f"perplexity{suffix}": found.perplexity}
 
 
-def publish_adapter(
+def publish_output(
     config: RunConfig,
     work: WorkDir,
     store: Store,
     data: Data,
-    tuned: Any,
-    parameters: state.Tensors,
     journal: Journal,
     metrics: dict[str, float],
     reporter: Reporter,
 ) -> TrainingResult:
-    """Rank 0: the adapter below the attempt's own UID, its manifest last."""
-    save.save_adapter(tuned, parameters, work.output)
+    """Rank 0: what was saved, below the attempt's own UID, its manifest last."""
     save.copy_tokenizer(work.model, work.output)
     attempt_uid = os.environ["FINETUNE_ATTEMPT_UID"]
     run = RunInfo(
@@ -244,7 +253,8 @@ def publish_adapter(
     (work.output / "metrics.jsonl").write_text(card.metrics_lines(journal.history, metrics))
     reporter.phase("Publishing")
     uri = f"{config.output_uri.rstrip('/')}/{attempt_uid}/"
-    done = publish(store, work.output, uri, kind="Adapter", step=journal.step, created_time=now(), run=run)
+    kind: Literal["Adapter", "Model"] = "Adapter" if config.spec.tuning.is_adapter else "Model"
+    done = publish(store, work.output, uri, kind=kind, step=journal.step, created_time=now(), run=run)
     log.event("published", uri=uri, bytes=done.size, manifest_sha256=done.manifest_sha256)
     return TrainingResult(uri=uri, manifest_sha256=done.manifest_sha256, size_bytes=done.size, metrics=metrics)
 

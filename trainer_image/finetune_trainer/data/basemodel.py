@@ -116,8 +116,7 @@ def _inspect(
     for name in weights:
         if name.endswith(".safetensors"):
             tensors |= _header(store, files[name])
-    targets = spec.tuning.lora.target_modules if spec.tuning.lora else ["AllLinear"]
-    shape = model_shape(config, tensors, targets, prefix)
+    shape = model_shape(config, tensors, spec.tuning, prefix)
     special = _special_tokens(store, files)
     source = _chat_source(store, files)
     eos = _eos_id(tokenizer, special, config, tokenizer_uri)

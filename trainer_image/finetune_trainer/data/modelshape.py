@@ -4,11 +4,12 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 from finetune_api.failures import FineTuneError, Reason
 from finetune_api.sizing import ModelShape
+from finetune_api.tuning import Tuning
 
 DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _NAMES: dict[str, Literal["BFloat16", "Float16", "Float32"]] = {"BF16": "BFloat16", "F16": "Float16", "F32": "Float32"}
@@ -18,6 +19,8 @@ FIELDS = {
     "layers": ("num_hidden_layers", "n_layer", "num_layers"),
     "vocab_size": ("vocab_size",),
     "max_positions": ("max_position_embeddings", "n_positions", "max_seq_len"),
+    "heads": ("num_attention_heads", "n_head", "num_heads"),
+    "key_value_heads": ("num_key_value_heads",),
 }
 _NOT_LINEAR = re.compile(r"(^|[._])(embed\w*|wte|wpe|lm_head|embed_out|output|\w*norm\w*|ln_\w+|rotary\w*)$")
 _LAYER = re.compile(r"^(.*?\.(?:layers|h|blocks)\.\d+)\.")
@@ -106,9 +109,10 @@ def linear_modules(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def targeted(linears: Mapping[str, Tensor], targets: Sequence[str]) -> dict[str, Tensor]:
+def targeted(linears: Mapping[str, Tensor], tuning: Tuning) -> dict[str, Tensor]:
     """The linear modules that targetModules name, by PEFT's rule: the whole name or its end. Raises InvalidSpec."""
-    if list(targets) == ["AllLinear"]:
+    targets, field = tuning.target_modules, "ia3" if tuning.type == "IA3" else "lora"
+    if targets == ["AllLinear"]:
         return dict(linears)
     chosen: dict[str, Tensor] = {}
     for target in targets:
@@ -119,21 +123,21 @@ def targeted(linears: Mapping[str, Tensor], targets: Sequence[str]) -> dict[str,
             hint = f"; did you mean {close[0]}?" if close else ""
             raise FineTuneError(
                 Reason.INVALID_SPEC,
-                f"spec.tuning.lora.targetModules: found {target!r}; the model's linear modules are {', '.join(known)} "
-                f"(or AllLinear){hint}",
+                f"spec.tuning.{field}.targetModules: found {target!r}; the model's linear modules are "
+                f"{', '.join(known)} (or AllLinear){hint}",
             )
         chosen |= found
     return chosen
 
 
-def model_shape(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor], targets: Sequence[str], uri: str
-) -> ModelShape:
+def model_shape(config: Mapping[str, Any], tensors: Mapping[str, Tensor], tuning: Tuning, uri: str) -> ModelShape:
     """Raises ModelInvalid, or InvalidSpec for a target that does not exist."""
     linears = linear_modules(tensors)
     if not linears:
         raise invalid(f"{uri}: the weights have no linear layers")
+    chosen = targeted(linears, tuning).values()
     hidden, vocab = number(config, "hidden_size", uri), number(config, "vocab_size", uri)
+    layers = number(config, "layers", uri)
     by_layer: dict[str, int] = {}
     by_dtype: dict[str, int] = {}
     for name, tensor in tensors.items():
@@ -147,14 +151,23 @@ def model_shape(
         architecture=config["architectures"][0],
         parameters=sum(tensor.size for tensor in tensors.values()),
         hidden_size=hidden,
-        layers=number(config, "layers", uri),
+        layers=layers,
         vocab_size=vocab,
         linear_parameters=sum(tensor.size for tensor in linears.values()),
-        target_features=sum(sum(tensor.shape) for tensor in targeted(linears, targets).values()),
+        target_features=sum(sum(tensor.shape) for tensor in chosen),
+        target_outputs=sum(tensor.shape[0] for tensor in chosen),
+        block_parameters=sum(count for name, count in by_layer.items() if name not in tensors) // layers,
+        key_value_size=_key_value_size(config, hidden, uri),
         largest_layer_parameters=max(by_layer.values()),
         max_positions=number(config, "max_positions", uri, default=2**31 - 1),
         dtype=_NAMES[dtype],
     )
+
+
+def _key_value_size(config: Mapping[str, Any], hidden: int, uri: str) -> int:
+    heads = number(config, "heads", uri, default=1)
+    width = config.get("head_dim")
+    return (width if isinstance(width, int) else hidden // heads) * number(config, "key_value_heads", uri, heads)
 
 
 def _json_object(data: bytes, uri: str, what: str = "it") -> dict[str, Any]:

@@ -1,0 +1,39 @@
+"""Which parts of a valid spec do not go together, and why: refused before anything runs."""
+
+from collections.abc import Iterator
+
+from finetune_api.job import FineTuneJobSpec, Method
+from finetune_api.model import Path, Problem
+from finetune_api.sizing import STRATEGIES
+from finetune_api.tuning import Tuning
+
+
+def problems(spec: FineTuneJobSpec) -> Iterator[Problem]:
+    """Of spec itself, and of each stage with what it takes from spec."""
+    if not spec.stages:
+        yield from _tuning(spec, spec.tuning, spec.method, ("spec",))
+    for index, stage in enumerate(spec.stages):
+        path = ("spec", "stages", index) if stage.tuning else ("spec",)
+        yield from _tuning(spec, stage.tuning or spec.tuning, stage.method or spec.method, path)
+
+
+def _tuning(spec: FineTuneJobSpec, tuning: Tuning, method: Method, path: Path) -> Iterator[Problem]:
+    strategy = spec.distribution.strategy
+    allowed = STRATEGIES.get(tuning.type)
+    if allowed and strategy not in ("Auto", *allowed):
+        text = f"found {strategy}; {_WHY_NOT_PARTITIONED[tuning.type]}: {' or '.join(allowed)} (or Auto)"
+        yield Problem(("spec", "distribution", "strategy"), text)
+    if tuning.virtual_tokens and method.sft and method.sft.packing:
+        text = f"found true; {tuning.type} puts its tokens before a row, so only the row's first example would see them"
+        yield Problem(("spec", "method", "sft", "packing"), text)
+    if tuning.type == "QLoRA" and tuning.lora and tuning.lora.initialization == "PiSSA":
+        text = "found PiSSA; it changes the base weights, which QLoRA has quantised; LoRA and DoRA can start from it"
+        yield Problem((*path, "tuning", "lora", "initialization"), text)
+
+
+_WHY_NOT_PARTITIONED = {
+    "QLoRA": "QLoRA's quantised weights cannot be partitioned",
+    "DoRA": "DoRA needs the norms of whole weights",
+    "PromptTuning": "PromptTuning's few parameters are not partitioned",
+    "PrefixTuning": "PrefixTuning's few parameters are not partitioned",
+}
