@@ -231,7 +231,7 @@ async def restart(bench: Bench, jobs: int, workers: int, state: str) -> report.R
     """Starts an operator before jobs that need nothing of it."""
     before = bench.writes()
     async with operator(bench, workers) as running:
-        await bench.wait_for(f"reconciles of {jobs} jobs", lambda: running.reconciled() >= jobs)
+        await bench.wait_for(f"look at {jobs} jobs", lambda: running.looked_at() >= jobs)
         seconds = time.monotonic() - running.began
         resident, cpu = running.child.resident_mb(), running.child.cpu_seconds()
         after = bench.writes()
@@ -247,12 +247,12 @@ async def run_idle(folder: Path, jobs: int, workers: int) -> report.Restart:
         condition = {"type": "Complete", "status": "True", "reason": "Complete", "lastTransitionTime": stamp()}
         status = {"state": "Complete", "conditions": [condition], "completionTime": stamp()}
         names = [f"job-{number:05d}" for number in range(jobs)]
-        finishing: list[asyncio.Task[bool]] = []
+        finishing: list[asyncio.Task[None]] = []
         slots = asyncio.Semaphore(CREATORS)
 
-        async def finish(name: str, uid: str) -> bool:
+        async def finish(name: str, uid: str) -> None:
             async with slots:
-                return await ready.cluster.patch_status(NAMESPACE, name, uid, status)
+                assert await ready.cluster.patch_status(NAMESPACE, name, uid, status)
 
         await ready.create(names, lambda name, uid: finishing.append(asyncio.create_task(finish(name, uid))))
         await asyncio.gather(*finishing)

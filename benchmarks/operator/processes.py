@@ -128,9 +128,10 @@ class Operator:
         lines = (line for line in text.splitlines() if re.match(rf"{name}[{{ ]", line))
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if all(label in line for label in wanted))
 
-    def reconciled(self) -> float:
-        """How many reconciles succeeded."""
-        return self.metric("finetune_operator_reconciles_total", result="success")
+    def looked_at(self) -> float:
+        """How many jobs it knows the state of; 0 while any is on its queue."""
+        known = self.metric("finetune_operator_jobs")
+        return 0.0 if self.metric("finetune_operator_queue_depth") else known
 
     def reads(self) -> float:
         """Requests to the API server that wrote nothing; watches apart."""

@@ -21,12 +21,12 @@ from kubernetes.aio.config.incluster_config import load_incluster_config
 from kubernetes.aio.config.kube_config import load_kube_config
 
 from finetune_api import API_VERSION
+from finetune_operator.manifests import JOB_LABEL, MANAGED_BY
 
 Object = dict[str, Any]
 """A Kubernetes object as JSON."""
 
 FIELD_MANAGER = "finetune-operator"
-JOB_LABEL = "finetune.dev/job-name"
 PAGE = 500
 
 
@@ -100,8 +100,9 @@ class Cluster(Protocol):
 
     async def list_profiles(self) -> list[Object]: ...
 
-    def list_jobs(self, namespaces: tuple[str, ...]) -> AsyncIterator[Object]:
-        """Every FineTuneJob, page by page, so that not all of them are in memory at once; no namespaces: all."""
+    def list_all(self, kind: str, namespaces: tuple[str, ...]) -> AsyncIterator[Object]:
+        """Every FineTuneJob, or every Job or pod that this operator manages, page by page, so that not all of them are
+        in memory at once; no namespaces: all."""
 
     async def create(self, manifest: Object) -> Object:
         """Creates the object. ApiError's reason is AlreadyExists where the name is taken."""
@@ -111,8 +112,9 @@ class Cluster(Protocol):
 
     async def patch_status(
         self, namespace: str, name: str, uid: str, patch: Object, resource_version: str | None = None
-    ) -> bool:
-        """One merge patch of a FineTuneJob's status. False: the job is gone, or is not at that version any more."""
+    ) -> Object | None:
+        """One merge patch of a FineTuneJob's status; the job as it is then. None: it is gone, or is not at that version
+        any more."""
 
     async def post_event(self, event: Object) -> None:
         """Creates an Event, or counts up the one of the same name."""
@@ -127,8 +129,10 @@ class Cluster(Protocol):
     async def get_job(self, namespace: str, name: str) -> Object | None:
         """The FineTuneJob, or None."""
 
-    async def patch_trainer_status(self, namespace: str, name: str, uid: str, trainer_status: Object) -> bool:
-        """Merge-patches status.trainerStatus and nothing else. False: the job is gone."""
+    async def patch_trainer_status(
+        self, namespace: str, name: str, uid: str, trainer_status: Object, resource_version: str | None = None
+    ) -> bool:
+        """Merge-patches status.trainerStatus and nothing else. False: the job is gone, or is not at that version."""
 
 
 Method = Literal["GET", "POST", "PATCH", "DELETE"]
@@ -176,9 +180,10 @@ class KubeCluster:
     async def list_profiles(self) -> list[Object]:
         return [item async for page in self._pages(_path("FineTuneProfile", None), {}) for item in page]
 
-    async def list_jobs(self, namespaces: tuple[str, ...]) -> AsyncIterator[Object]:
+    async def list_all(self, kind: str, namespaces: tuple[str, ...]) -> AsyncIterator[Object]:
+        query = {} if kind == "FineTuneJob" else {"labelSelector": "=".join(MANAGED_BY)}
         for namespace in namespaces or (None,):
-            async for page in self._pages(_path("FineTuneJob", namespace), {}):
+            async for page in self._pages(_path(kind, namespace), query):
                 for item in page:
                     yield item
 
@@ -194,11 +199,11 @@ class KubeCluster:
             "propagationPolicy": "Background",
             "preconditions": preconditions,
         }
-        return await self._unless_gone(self._call("DELETE", _path(kind, namespace, name), {}, options))
+        return await self._unless_gone(self._call("DELETE", _path(kind, namespace, name), {}, options)) is not None
 
     async def patch_status(
         self, namespace: str, name: str, uid: str, patch: Object, resource_version: str | None = None
-    ) -> bool:
+    ) -> Object | None:
         # kube-apiserver looks at no UID in a patch of a custom resource's status, but it does look at the version, and
         # a later job of the same name never has that of an earlier one.
         version = {"resourceVersion": resource_version} if resource_version else {}
@@ -239,8 +244,11 @@ class KubeCluster:
     async def get_job(self, namespace: str, name: str) -> Object | None:
         return await self.get("FineTuneJob", namespace, name)
 
-    async def patch_trainer_status(self, namespace: str, name: str, uid: str, trainer_status: Object) -> bool:
-        return await self.patch_status(namespace, name, uid, {"trainerStatus": trainer_status})
+    async def patch_trainer_status(
+        self, namespace: str, name: str, uid: str, trainer_status: Object, resource_version: str | None = None
+    ) -> bool:
+        patch = {"trainerStatus": trainer_status}
+        return await self.patch_status(namespace, name, uid, patch, resource_version) is not None
 
     async def _pages(self, path: str, query: dict[str, str]) -> AsyncIterator[list[Object]]:
         token = ""
@@ -251,14 +259,13 @@ class KubeCluster:
             if not token:
                 return
 
-    async def _unless_gone(self, call: Awaitable[Object]) -> bool:
+    async def _unless_gone(self, call: Awaitable[Object]) -> Object | None:
         try:
-            await call
+            return await call
         except ApiError as error:
             if error.status in (404, 409):
-                return False
+                return None
             raise
-        return True
 
     async def _call(
         self, method: Method, path: str, query: Mapping[str, str] | None = None, body: Object | None = None

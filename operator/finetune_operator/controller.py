@@ -1,7 +1,6 @@
 """The running controller, without kopf: a queue of keys, the workers, the servers beside it, and how it feels."""
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -9,11 +8,16 @@ from contextlib import AsyncExitStack
 from typing import Any
 from urllib.parse import urlsplit
 
+from pydantic import ValidationError
+
 from finetune_operator.cluster import ApiError, KubeCluster, load_configuration
-from finetune_operator.manifests import JOB_LABEL, Context
+from finetune_operator.manifests import ATTEMPT_LABEL, JOB_LABEL, Context
 from finetune_operator.metrics import Metrics, MetricsServer
+from finetune_operator.news import ChildNews, JobNews, job_facts, job_fingerprint, pod_facts, prepares
+from finetune_operator.observe import Census
+from finetune_operator.profiles import Profiles
 from finetune_operator.progress import ProgressOptions, ProgressServer
-from finetune_operator.reconcile import Key, NotYet, reconcile
+from finetune_operator.reconcile import Key, NotYet, glance, reconcile
 from finetune_operator.settings import Settings, operator_version
 from finetune_operator.tls import TlsError
 from finetune_operator.workqueue import WorkQueue
@@ -34,7 +38,10 @@ class Controller:
         """Why it ended by itself."""
         self._clock = clock
         self._queue: WorkQueue[Key] = WorkQueue(self._work, on_failure=self._failure)
-        self._seen: dict[Key, int] = {}
+        self._jobs = JobNews()
+        self._children = ChildNews()
+        self._prepare_pods: dict[Key, str] = {}
+        """Pods that prepared the data of jobs whose next reconcile has not used that yet."""
         self._stack = AsyncExitStack()
         self._heard: float | None = None
         self._listed = False
@@ -49,12 +56,14 @@ class Controller:
             raise
 
     async def _start(self) -> None:
+        self.metrics.queue_depth.set_function(lambda: len(self._queue))
         configuration = await load_configuration()
         self._cluster = KubeCluster(configuration, timeout=self.settings.api_timeout_seconds, on_call=self._on_call)
         self._stack.push_async_callback(self._cluster.close)
-        await self._resync()
+        self._profiles = Profiles(self._cluster)
         await self._start_servers()
-        self.metrics.queue_depth.set_function(lambda: len(self._queue))
+        await self._resync()
+        await self._start_metrics()
         for name, work in (("queue", self._queue.run(self.settings.workers)), ("resync", self._resync_forever())):
             task = asyncio.create_task(work, name=name)
             task.add_done_callback(self._ended)
@@ -68,19 +77,26 @@ class Controller:
     def on_job(self, kind: str | None, raw: Object) -> None:
         """A watch event of a FineTuneJob; `kind` is DELETED, or anything else."""
         key = raw["metadata"]["namespace"], raw["metadata"]["name"]
-        seen = None if kind == "DELETED" else fingerprint(raw)
-        if seen is None:
-            self._seen.pop(key, None)
-        elif self._seen.get(key) == seen:
-            return  # Progress alone: it comes every few seconds and changes nothing that is decided here.
-        else:
-            self._seen[key] = seen
-        self._add(key)
+        if kind == "DELETED":
+            self._jobs.forget(key)
+            self._prepare_pods.pop(key, None)
+            self._add(key)
+        elif self._jobs.heard(key, job_fingerprint(raw)):
+            self._add(key)
 
-    def on_child(self, raw: Object) -> None:
-        """A watch event of a Job or a pod."""
-        if name := (raw["metadata"].get("labels") or {}).get(JOB_LABEL):
-            self._add((raw["metadata"]["namespace"], name))
+    def on_child(self, kind: str | None, raw: Object) -> None:
+        """A watch event of a Job."""
+        if (key := child_of(raw)) and self._children.heard(raw, job_facts(raw, gone=kind == "DELETED")):
+            self._add(key)
+
+    def on_pod(self, kind: str | None, raw: Object) -> None:
+        """A watch event of a pod; `kind` is None for those that were there before the watch."""
+        if (key := child_of(raw)) is None:
+            return
+        if kind and prepares(raw) and raw.get("status", {}).get("phase") == "Succeeded":
+            self._prepare_pods[key] = raw["metadata"]["name"]
+        if self._children.heard(raw, pod_facts(raw, gone=kind == "DELETED")):
+            self._add(key)
 
     def problem(self) -> str | None:
         """Why the probe should fail; None while all is well."""
@@ -97,14 +113,23 @@ class Controller:
 
     async def _work(self, key: Key) -> float | None:
         start = self._clock()
+        version: int | None = None
+        self._jobs.begin(key)
         try:
-            after, state = await reconcile(self._cluster, key, self._context)
+            pod = self._prepare_pods.get(key)
+            result = await reconcile(self._cluster, key, self._context, profiles=self._profiles, prepare_pod=pod)
+            version = job_fingerprint(result.job) if result.job else None
         except Exception as error:
             self.metrics.reconciled(self._clock() - start, error)
             raise
+        finally:
+            if self._jobs.done(key, version):
+                self._add(key)
         self.metrics.reconciled(self._clock() - start)
-        self.metrics.job_state(key, state)
-        return after
+        self.metrics.job_state(key, result.state)
+        if result.state != "Preparing":
+            self._prepare_pods.pop(key, None)
+        return result.after
 
     def _failure(self, key: Key, error: Exception) -> None:
         self.metrics.queue_retries.inc()
@@ -126,15 +151,38 @@ class Controller:
                 logger.warning("resync failed: %s", error)
 
     async def _resync(self) -> None:
-        """Puts every job on the queue that time or a lost event may have something in store for."""
-        async for raw in self._cluster.list_jobs(self.settings.namespaces):
-            if self._listed and _at_rest(raw):
-                continue
-            key = raw["metadata"]["namespace"], raw["metadata"]["name"]
-            # Known by now: the watch begins with the same objects.
-            self._seen[key] = fingerprint(raw)
-            self._add(key)
+        """Looks at every job, and puts those on the queue for which there is something to do: three LISTs, instead of
+        some requests for each job, tell of nearly all of them that there is nothing."""
+        census, namespaces = Census(), self.settings.namespaces
+        async for raw in self._cluster.list_all("Job", namespaces):
+            if child_of(raw):
+                census.add_job(raw)
+                self._children.heard(raw, job_facts(raw))
+        async for raw in self._cluster.list_all("Pod", namespaces):
+            if child_of(raw):
+                census.add_pod(raw)
+                self._children.heard(raw, pod_facts(raw))
+        async for raw in self._cluster.list_all("FineTuneJob", namespaces):
+            await self._look_at(raw, census)
         self._listed = True
+
+    async def _look_at(self, raw: dict[str, Any], census: Census) -> None:
+        key = raw["metadata"]["namespace"], raw["metadata"]["name"]
+        # Known by now: the watch begins with the same objects.
+        self._jobs.heard(key, job_fingerprint(raw))
+        if at_rest(raw) and not census.runs(raw["metadata"]["uid"]):
+            self.metrics.job_state(key, raw["status"].get("state"))
+            return
+        try:
+            done = await glance(raw, census, self._context, self._profiles)
+        except ValidationError:
+            done = None  # The reconcile says what is wrong with it.
+        if done is None:
+            self._add(key)
+            return
+        self.metrics.job_state(key, done.state)
+        if done.after is not None:
+            self._queue.add_after(key, done.after)
 
     async def _start_servers(self) -> None:
         settings = self.settings
@@ -151,6 +199,9 @@ class Controller:
         self._stack.push_async_callback(server.stop)
         self._progress_url = (settings.progress_url or f"https://127.0.0.1:{server.port}").rstrip("/")
         await self._read_authority()
+
+    async def _start_metrics(self) -> None:
+        settings = self.settings
         if settings.metrics_port is not None:
             metrics = MetricsServer(self.metrics, settings.metrics_host, settings.metrics_port)
             await self._stack.enter_async_context(metrics)
@@ -172,18 +223,14 @@ class Controller:
             self.over.set()
 
 
-def fingerprint(raw: Object) -> int:
-    """Equal for two versions of a FineTuneJob between which nothing changed but how far its training is."""
-    meta, status = raw["metadata"], dict(raw.get("status") or {})
-    trainer = status.pop("trainerStatus", None) or {}
-    said = [trainer.get(key) for key in ("attempt", "phase", "checkpoint")]
-    # The UID: a job that was deleted and created anew. The annotations: whoever sets one is heard.
-    known = [meta["uid"], meta.get("generation"), meta.get("deletionTimestamp"), meta.get("annotations"), status, said]
-    return hash(json.dumps(known, sort_keys=True))
+def child_of(raw: Object) -> Key | None:
+    """The FineTuneJob whose child it is; None where its labels are not ours."""
+    labels = raw["metadata"].get("labels") or {}
+    return (raw["metadata"]["namespace"], labels[JOB_LABEL]) if {JOB_LABEL, ATTEMPT_LABEL} <= labels.keys() else None
 
 
-def _at_rest(raw: Object) -> bool:
-    """Finished and without a ttl."""
+def at_rest(raw: Object) -> bool:
+    """A FineTuneJob that is finished and has no ttl."""
     conditions = (raw.get("status") or {}).get("conditions") or ()
     over = any(c["type"] in ("Complete", "Failed") and c["status"] == "True" for c in conditions)
     return over and "ttlSecondsAfterFinished" not in ((raw.get("spec") or {}).get("runPolicy") or {})

@@ -46,11 +46,11 @@ def registry(controller: Controller) -> kopf.OperatorRegistry:
 
     @kopf.on.event("batch", "v1", "jobs", registry=handlers)
     async def child(event: kopf.RawEvent, **_: Any) -> None:
-        controller.on_child(event["object"])
+        controller.on_child(event["type"], event["object"])
 
     @kopf.on.event("v1", "pods", registry=handlers)
     async def pod(event: kopf.RawEvent, **_: Any) -> None:
-        controller.on_child(event["object"])
+        controller.on_pod(event["type"], event["object"])
 
     return handlers
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from finetune_api.failures import TerminationMessage
-from finetune_operator.manifests import ATTEMPT_LABEL, CONTAINER, PREPARE
+from finetune_operator.manifests import ATTEMPT_LABEL, CONTAINER, JOB_LABEL, PREPARE
 
 Object = Mapping[str, Any]
 
@@ -92,16 +92,51 @@ class Observed:
     def gangs(self) -> tuple[Child, ...]:
         return tuple(job for job in self.jobs if job.attempt is not None)
 
+    @property
+    def prepared_by(self) -> Pod | None:
+        """The pod that speaks for a `prepare` that succeeded."""
+        child = self.prepare
+        if child is None or child.finished != "Complete":
+            return None
+        return next((p for p in self.pods_of(child.uid) if p.index == 0 and p.phase == "Succeeded"), None)
+
     def pods_of(self, uid: str | None) -> tuple[Pod, ...]:
         return tuple(pod for pod in self.pods if pod.owner == uid)
 
 
+class Census:
+    """Everything of ours that is in a cluster, for many FineTuneJobs at once."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[str, list[Child]] = {}
+        self._pods: dict[tuple[str, str], list[Pod]] = {}
+
+    def add_job(self, raw: Object) -> None:
+        if owner := controller_uid(raw):
+            self._jobs.setdefault(owner, []).append(read_job(raw))
+
+    def add_pod(self, raw: Object) -> None:
+        meta = raw["metadata"]
+        self._pods.setdefault((meta["namespace"], meta["labels"][JOB_LABEL]), []).append(read_pod(raw))
+
+    def runs(self, uid: str) -> bool:
+        """Whether a Job of this FineTuneJob is not over."""
+        return any(job.finished is None for job in self._jobs.get(uid, ()))
+
+    def of(self, uid: str, namespace: str, name: str) -> Observed:
+        return _observed(self._jobs.get(uid, ()), self._pods.get((namespace, name), ()))
+
+
 def observe(uid: str, jobs: Iterable[Object], pods: Iterable[Object]) -> Observed:
     """What belongs to the FineTuneJob of this UID. Jobs of an earlier one of the same name are not its own."""
-    own = [_child(raw) for raw in jobs if controller_uid(raw) == uid]
+    own = [read_job(raw) for raw in jobs if controller_uid(raw) == uid]
+    return _observed(own, [read_pod(raw) for raw in pods])
+
+
+def _observed(jobs: Iterable[Child], pods: Iterable[Pod]) -> Observed:
     return Observed(
-        tuple(sorted(own, key=lambda job: -1 if job.attempt is None else job.attempt)),
-        tuple(sorted((_pod(raw) for raw in pods), key=lambda pod: (pod.index or 0, pod.name))),
+        tuple(sorted(jobs, key=lambda job: -1 if job.attempt is None else job.attempt)),
+        tuple(sorted(pods, key=lambda pod: (pod.index or 0, pod.name))),
     )
 
 
@@ -110,7 +145,7 @@ def controller_uid(raw: Object) -> str | None:
     return next((owner["uid"] for owner in owners if owner.get("controller")), None)
 
 
-def _child(raw: Object) -> Child:
+def read_job(raw: Object) -> Child:
     meta, spec, status = raw["metadata"], raw["spec"], raw.get("status") or {}
     attempt = meta["labels"][ATTEMPT_LABEL]
     complete, failed = _condition(status, "Complete"), _condition(status, "Failed")
@@ -129,7 +164,7 @@ def _child(raw: Object) -> Child:
     )
 
 
-def _pod(raw: Object) -> Pod:
+def read_pod(raw: Object) -> Pod:
     meta, status = raw["metadata"], raw.get("status") or {}
     container: Object = next((c for c in status.get("containerStatuses") or () if c["name"] == CONTAINER), {})
     state = container.get("state") or {}

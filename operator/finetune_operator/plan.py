@@ -1,6 +1,7 @@
 """PURE. What is wanted and what is observed -> what to do now. Called again whenever either may have changed.
 
-The same arguments give the same plan, and once it is carried out the next one is empty until something else changes.
+The same arguments give the same plan, and once it is carried out the next one is empty until something else changes, or
+until the time that it told: so that nobody has to plan again only because it was carried out.
 It is carried out in the order create, status, delete, Events: whatever is deleted is already recorded as ended, so that
 a crash at any point leaves a state from which the next plan goes on.
 """
@@ -89,6 +90,8 @@ def plan(
     situation = Situation(subject, observed, attempts, now, context)
     step = _decide(situation, profiles)
     new = status.build(subject.status, step.decision, subject.generation, now)
+    if step.decision.state in ("Complete", "Failed") and subject.ttl_seconds is not None:
+        step = replace(step, due=(now + datetime.timedelta(seconds=subject.ttl_seconds),))
     return Plan(
         status=new,
         create=step.create,
@@ -106,7 +109,8 @@ def collision(subject: Subject, kind: str, name: str, now: datetime.datetime) ->
     attempts = history.close_open(subject.status.attempts, Reason.INVALID_SPEC, text, now, "Permanent")
     decision = Decision("Failed", text, Reason.INVALID_SPEC.value, attempts=attempts)
     new = status.build(subject.status, decision, subject.generation, now)
-    return Plan(status=new, events=status.notes(subject.status, new))
+    # What runs of it is deleted by the next plan.
+    return Plan(status=new, events=status.notes(subject.status, new), requeue_after=0.0)
 
 
 def with_uids(new: FineTuneJobStatus, created: Sequence[Object]) -> FineTuneJobStatus:
@@ -184,7 +188,7 @@ def _prepare(situation: Situation, job: FineTuneJob, profile: FineTuneProfile) -
     waiting = Decision("Preparing", "checks and converts the data")
     if child is None:
         objects = manifests.prepare(job, profile, situation.context)
-        return Step(situation.stand(waiting), create=objects)
+        return _within_pre_running(situation, job, situation.now, Step(situation.stand(waiting), create=objects))
     if child.deleting:
         return Step(situation.stand(waiting))
     pods = situation.observed.pods_of(child.uid)
@@ -224,7 +228,7 @@ def _start(situation: Situation, job: FineTuneJob, profile: FineTuneProfile, pre
         decision = situation.stand(Decision("Starting", text, data=data, sizing=sizing))
         return Step(decision, due=(situation.now + LOOK_AGAIN,))
     attempt = Attempt(number=number, job=manifests.child_name(job.metadata.name, number))
-    return Step(
+    step = Step(
         Decision(
             "Queued" if _queue(job) else "Starting",
             _start_text(job, attempt),
@@ -235,6 +239,7 @@ def _start(situation: Situation, job: FineTuneJob, profile: FineTuneProfile, pre
         ),
         create=manifests.gang(job, profile, situation.context, number, prepared, sizing),
     )
+    return _within_pre_running(situation, job, situation.now, step)
 
 
 def _queue(job: FineTuneJob) -> str | None:

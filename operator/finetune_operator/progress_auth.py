@@ -36,8 +36,10 @@ class ProgressCluster(Protocol):
     async def get_job(self, namespace: str, name: str) -> Object | None:
         """The FineTuneJob, or None."""
 
-    async def patch_trainer_status(self, namespace: str, name: str, uid: str, trainer_status: Object) -> bool:
-        """Merge-patches status.trainerStatus and nothing else. False: the job is gone, or is another by now."""
+    async def patch_trainer_status(
+        self, namespace: str, name: str, uid: str, trainer_status: Object, resource_version: str | None = None
+    ) -> bool:
+        """Merge-patches status.trainerStatus and nothing else. False: the job is gone, or is not at that version."""
 
 
 class Refused(Exception):

@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 SWEEP_SECONDS = 60.0
 """How often jobs that fell silent are looked for while nothing is written."""
 CONCURRENT_WRITES = 8
+CONFLICTS = 5
+"""How often a job that changed since it was read is read again before the write counts as failed."""
 # The server found fault with what was written; it will again.
 HOPELESS = (400, 413, 422)
 
@@ -99,15 +101,20 @@ class ProgressWriter:
 
     async def _patch(self, write: Write) -> bool | None:
         """True: written; False: written, but the attempt is over; None: the job is gone, or a later attempt reports."""
-        job = await self._cluster.get_job(*write.key)
-        if job is None or job["metadata"]["uid"] != write.uid:
-            return None
-        before = stored(job)
-        if before is not None and before.attempt is not None and before.attempt > write.attempt:
-            return None
-        patch = as_patch(over(before, write.status))
-        if not await self._cluster.patch_trainer_status(*write.key, write.uid, patch):
-            return None
+        for _ in range(CONFLICTS):
+            job = await self._cluster.get_job(*write.key)
+            if job is None or job["metadata"]["uid"] != write.uid:
+                return None
+            before = stored(job)
+            if before is not None and before.attempt is not None and before.attempt > write.attempt:
+                return None
+            patch = as_patch(over(before, write.status))
+            # The version guards the UID too: kube-apiserver itself looks at none in a patch of a status.
+            version = job["metadata"]["resourceVersion"]
+            if await self._cluster.patch_trainer_status(*write.key, write.uid, patch, version):
+                break
+        else:
+            raise ApiError(409, "Conflict", f"the job changed {CONFLICTS} times while its progress was written")
         try:
             return current_attempt(job).number == write.attempt
         except Refused:

@@ -3,15 +3,17 @@
 import datetime
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any
+from asyncio import gather
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 from finetune_api import API_VERSION
 from finetune_operator.accept import Subject
 from finetune_operator.cluster import FIELD_MANAGER, ApiError, Cluster, Object
-from finetune_operator.manifests import Context
-from finetune_operator.observe import Observed, controller_uid, observe
+from finetune_operator.manifests import Context, child_name
+from finetune_operator.observe import Census, Observed, controller_uid, observe
 from finetune_operator.plan import Plan, collision, plan, with_uids
+from finetune_operator.profiles import Profiles
 from finetune_operator.status import Note, finished, patch
 
 logger = logging.getLogger("finetune_operator.reconcile")
@@ -32,62 +34,131 @@ class NotYet(Exception):
     """What is in the way goes by itself: try again soon."""
 
 
+class Result(NamedTuple):
+    after: float | None = None
+    """When to look again, in seconds; None: the next watch event is soon enough."""
+    state: str | None = None
+    """None: there is no such job."""
+    job: Object | None = None
+    """The FineTuneJob as it is now, by what was read and written: for this version of it everything is decided."""
+
+
 def utc_now() -> datetime.datetime:
     """Whole seconds: the API server keeps no fractions, and what was read back must compare equal."""
     return datetime.datetime.now(datetime.UTC).replace(microsecond=0)
 
 
 async def reconcile(
-    cluster: Cluster, key: Key, context: Context, clock: Callable[[], datetime.datetime] = utc_now
-) -> tuple[float | None, str | None]:
-    """Brings one job a step further. When to look again, in seconds, and the job's state; None: nothing is to come.
+    cluster: Cluster,
+    key: Key,
+    context: Context,
+    clock: Callable[[], datetime.datetime] = utc_now,
+    *,
+    profiles: Profiles | None = None,
+    prepare_pod: str | None = None,
+) -> Result:
+    """Brings one job a step further. `prepare_pod`: name of a pod that is said to have ended well; it is read, if so.
 
     Raises ApiError where the server refuses or cannot be reached; the caller tries again.
     """
     raw = await cluster.get("FineTuneJob", *key)
     if raw is None:
-        return None, None
+        return Result()
     subject = Subject.read(raw)
     if subject.deleting or subject.foreign:
-        return None, subject.status.state
-    observed = await _observe(cluster, subject)
-    decided = plan(subject, await _profiles(cluster, subject, raw), observed, clock(), context)
+        return Result(None, subject.status.state, raw)
+    wanted = (raw.get("spec") or {}).get("profile")
+    choice = [] if finished(subject.status) else await (profiles or Profiles(cluster)).choice(wanted)
+    recorded, unrecorded = _names(subject)
+    jobs = await _jobs(cluster, subject, recorded)
+    observed = await _observe(cluster, subject, jobs, prepare_pod)
+    decided = plan(subject, choice, observed, clock(), context)
+    # A try that was cut short may have left a Job that no status tells of. Creating it anew would show that, by 409.
+    if not decided.create and (left := await _jobs(cluster, subject, unrecorded)):
+        observed = await _observe(cluster, subject, [*jobs, *left], prepare_pod)
+        decided = plan(subject, choice, observed, clock(), context)
+    return await _carry_out(cluster, subject, raw, decided, clock)
+
+
+async def glance(raw: Object, census: Census, context: Context, profiles: Profiles) -> Result | None:
+    """Where there is nothing to do for this job, by what was listed: when there may be. None: it is to be reconciled.
+
+    Raises ApiError and ValidationError.
+    """
+    subject = Subject.read(raw)
+    if subject.deleting or subject.foreign:
+        return Result(None, subject.status.state, raw)
+    observed = census.of(subject.uid, subject.namespace, subject.name)
+    choice = [] if finished(subject.status) else await profiles.choice((raw.get("spec") or {}).get("profile"))
+    decided = plan(subject, choice, observed, utc_now(), context)
+    if decided.create or decided.delete or patch(subject.status, decided.status):
+        return None
+    return Result(decided.requeue_after, subject.status.state, raw)
+
+
+async def _carry_out(
+    cluster: Cluster, subject: Subject, raw: Object, decided: Plan, clock: Callable[[], datetime.datetime]
+) -> Result:
+    key = subject.namespace, subject.name
+    created: list[Object] = []
+    known = False
     try:
-        created = [await _create(cluster, subject, manifest) for manifest in decided.create]
+        for manifest in decided.create:
+            child, existed = await _create(cluster, subject, manifest)
+            created.append(child)
+            known |= existed
     except Collision as error:
         created, decided = [], collision(subject, error.kind, error.name, clock())
-    change = patch(subject.status, with_uids(decided.status, created))
-    if change and not await cluster.patch_status(*key, subject.uid, change, subject.resource_version):
-        # Whatever is to be deleted or told must be recorded first.
-        raise NotYet("the job changed meanwhile")
+    if change := patch(subject.status, with_uids(decided.status, created)):
+        written = await cluster.patch_status(*key, subject.uid, change, subject.resource_version)
+        if written is None:
+            # Whatever is to be deleted or told must be recorded first.
+            raise NotYet("the job changed meanwhile")
+        raw = written
     for kind, name, uid, version in decided.delete:
         await cluster.delete(kind, key[0], name, uid, version)
     await _tell(cluster, subject, decided, clock())
-    return decided.requeue_after, decided.status.state
+    # What was there already may have come further than a new one, and was not looked at.
+    return Result(0.0 if known else decided.requeue_after, decided.status.state, raw)
 
 
-async def _observe(cluster: Cluster, subject: Subject) -> Observed:
-    jobs = await cluster.list_children("Job", subject.namespace, subject.name)
-    idle = finished(subject.status) or not (jobs or subject.status.attempts)
-    pods = [] if idle else await cluster.list_children("Pod", subject.namespace, subject.name)
+def _names(subject: Subject) -> tuple[list[str] | None, list[str]]:
+    """Of the Jobs that the status tells of, None where they are many; and of those that there may be besides."""
+    numbers = [attempt.number for attempt in subject.status.attempts]
+    prepare, following = (child_name(subject.name, n) for n in (None, numbers[-1] + 1 if numbers else 0))
+    if subject.status.state is None:
+        return [], [prepare, following]
+    if len(numbers) > 2:
+        return None, []
+    return [prepare, *(child_name(subject.name, n) for n in numbers)], [following]
+
+
+async def _jobs(cluster: Cluster, subject: Subject, names: Iterable[str] | None) -> list[Object]:
+    """Read one by one: a LIST by label makes the server look at every Job of the namespace."""
+    if names is None:
+        return await cluster.list_children("Job", subject.namespace, subject.name)
+    found = await gather(*(cluster.get("Job", subject.namespace, name) for name in names))
+    return [job for job in found if job is not None]
+
+
+async def _observe(cluster: Cluster, subject: Subject, jobs: Sequence[Object], prepare_pod: str | None) -> Observed:
+    if finished(subject.status) or not (jobs or subject.status.attempts):
+        return observe(subject.uid, jobs, [])
+    if prepare_pod and len(jobs) == 1 and not subject.status.attempts:
+        # Nothing but `prepare` has ever been: where it succeeded, only what its pod said counts.
+        pod = await cluster.get("Pod", subject.namespace, prepare_pod)
+        observed = observe(subject.uid, jobs, [pod] if pod else [])
+        if observed.prepared_by:
+            return observed
+    pods = await cluster.list_children("Pod", subject.namespace, subject.name)
     return observe(subject.uid, jobs, pods)
 
 
-async def _profiles(cluster: Cluster, subject: Subject, raw: Object) -> Sequence[Object]:
-    """What `select_profile` chooses from."""
-    if finished(subject.status):
-        return []
-    if wanted := (raw.get("spec") or {}).get("profile"):
-        profile = await cluster.get("FineTuneProfile", None, wanted)
-        return [profile] if profile else []
-    return await cluster.list_profiles()
-
-
-async def _create(cluster: Cluster, subject: Subject, manifest: Object) -> Object:
-    """The object as created now, or by an earlier try of ours. Raises Collision, NotYet."""
+async def _create(cluster: Cluster, subject: Subject, manifest: Object) -> tuple[Object, bool]:
+    """The object as created now, or by an earlier try of ours: then True. Raises Collision, NotYet."""
     kind, name = manifest["kind"], manifest["metadata"]["name"]
     try:
-        return {**await cluster.create(manifest), "kind": kind}
+        return {**await cluster.create(manifest), "kind": kind}, False
     except ApiError as error:
         if error.reason != "AlreadyExists":
             raise
@@ -102,7 +173,7 @@ async def _create(cluster: Cluster, subject: Subject, manifest: Object) -> Objec
         # Left by a try that was cut short under another profile; no Job refers to it yet.
         await cluster.delete(kind, subject.namespace, name, found["metadata"]["uid"])
         raise NotYet(f"{kind} {name} is out of date")
-    return {**found, "kind": kind}
+    return {**found, "kind": kind}, True
 
 
 def _of_namesake(found: Object, subject: Subject) -> bool:

@@ -153,7 +153,7 @@ class Trouble(NamedTuple):
 def trouble(pods: Sequence[Pod], now: datetime.datetime) -> Trouble | None:
     """What keeps the first of these pods from running; None where nothing does, or nothing is known."""
     for pod in pods:
-        found = _trouble(pod)
+        found = pod_trouble(pod)
         if found is None:
             continue
         due = pod.created + TROUBLE_AFTER
@@ -161,7 +161,8 @@ def trouble(pods: Sequence[Pod], now: datetime.datetime) -> Trouble | None:
     return None
 
 
-def _trouble(pod: Pod) -> tuple[Reason, str] | None:
+def pod_trouble(pod: Pod) -> tuple[Reason, str] | None:
+    """Why it does not run, however new it is."""
     if pod.over or pod.running:
         return None
     if pod.unschedulable:
@@ -180,7 +181,8 @@ def _trouble(pod: Pod) -> tuple[Reason, str] | None:
 def notes(old: FineTuneJobStatus, new: FineTuneJobStatus) -> tuple[Note, ...]:
     """One for each transition between the two, oldest first."""
     found: list[Note] = []
-    if is_true(new, "Accepted") and not is_true(old, "Accepted"):
+    # That a job prepares says that it was accepted: one Event for the two.
+    if is_true(new, "Accepted") and not is_true(old, "Accepted") and new.state != "Preparing":
         found.append(Note("Normal", "Accepted", "the spec is valid and its profile allows it"))
     if new.data and not old.data and new.sizing:
         sizing, data = new.sizing, new.data

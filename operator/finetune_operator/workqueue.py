@@ -117,6 +117,10 @@ class WorkQueue(Generic[K]):
         self._schedule.add(key)
         self._news.set()
 
+    def add_after(self, key: K, seconds: float) -> None:
+        self._schedule.add_at(key, self._clock() + seconds)
+        self._news.set()
+
     async def run(self, workers: int) -> None:
         """Works until it is cancelled."""
         async with asyncio.TaskGroup() as tasks:

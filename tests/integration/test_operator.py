@@ -82,7 +82,7 @@ async def test_from_the_manifest_to_the_result(live: Scene) -> None:
     assert "annotations" not in job["metadata"]
     events = await live.api.items(live.path("events", api="/api/v1"), fieldSelector="involvedObject.kind=FineTuneJob")
     reasons = {event["reason"] for event in events}
-    assert {"Accepted", "Preparing", "Prepared", "AttemptStarted", "Running", "Complete"} <= reasons
+    assert {"Preparing", "Prepared", "AttemptStarted", "Running", "Complete"} <= reasons
 
 
 @pytest.mark.slow

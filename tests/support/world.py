@@ -115,7 +115,7 @@ class World:
     writes: int = 0
     crash_after: int | None = None
     unreachable: tuple[str, ...] = ()
-    """Kinds that cannot be listed."""
+    """Kinds that cannot be read."""
     gone: bool = False
     _uids: Any = field(default_factory=lambda: itertools.count(1))
 
@@ -129,6 +129,8 @@ class World:
     async def get(self, kind: str, namespace: str | None, name: str) -> Object | None:
         if kind == "FineTuneJob":
             return None if self.gone else copy.deepcopy(self.job)
+        if kind in self.unreachable:
+            raise ApiError(0, "Unreachable", "connection refused")
         if kind == "FineTuneProfile":
             return next((p for p in self.profiles if p["metadata"]["name"] == name), None)
         return copy.deepcopy(self.objects.get((kind, name)))
@@ -141,7 +143,7 @@ class World:
     async def list_profiles(self) -> list[Object]:
         return self.profiles
 
-    def list_jobs(self, namespaces: tuple[str, ...]) -> AsyncIterator[Object]:
+    def list_all(self, kind: str, namespaces: tuple[str, ...]) -> AsyncIterator[Object]:
         raise NotImplementedError
 
     async def create(self, manifest: Object) -> Object:
@@ -169,14 +171,14 @@ class World:
 
     async def patch_status(
         self, namespace: str, name: str, uid: str, patch: Object, resource_version: str | None = None
-    ) -> bool:
+    ) -> Object | None:
         meta = self.job["metadata"]
         if self.gone or meta["uid"] != uid or resource_version not in (None, meta["resourceVersion"]):
-            return False
+            return None
         self.changed()
         self.job["status"] = merge(self.job.get("status", {}), patch)
         self._wrote()
-        return True
+        return copy.deepcopy(self.job)
 
     async def post_event(self, event: Object) -> None:
         self.events.append(event)
@@ -190,26 +192,37 @@ class World:
     async def get_job(self, namespace: str, name: str) -> Object | None:
         raise NotImplementedError
 
-    async def patch_trainer_status(self, namespace: str, name: str, uid: str, trainer_status: Object) -> bool:
+    async def patch_trainer_status(
+        self, namespace: str, name: str, uid: str, trainer_status: Object, resource_version: str | None = None
+    ) -> bool:
         raise NotImplementedError
 
     # The test's side.
 
     async def reconcile(self) -> float | None:
         """One reconcile; after how many seconds the next one is asked for."""
-        after, _ = await reconcile(self, ("team-a", self.job["metadata"]["name"]), CONTEXT, lambda: self.now)
-        return after
+        result = await reconcile(self, ("team-a", self.job["metadata"]["name"]), CONTEXT, lambda: self.now)
+        return result.after
 
     async def settle(self) -> float | None:
-        """Reconciles until nothing is written any more, a crashed operator being started again each time."""
+        """Reconciles until nothing is written any more, a crashed operator being started again each time.
+
+        Its own writes wake no operator: what is still to do after them, it must have asked for, or a child that it
+        deleted tells of it.
+        """
+        asked: float | None = 0.0
         for _ in range(12):
-            before = self.writes
+            before = self.writes, len(self.deleted)
             try:
                 after = await self.reconcile()
             except Crash:
+                asked = 0.0
                 continue
-            if self.writes == before:
+            if self.writes == before[0]:
+                assert after is None or (asked is not None and asked <= after), "it would come back too late"
                 return after
+            assert asked == 0.0, "nothing would have called for this"
+            asked = 0.0 if len(self.deleted) > before[1] else after
         raise AssertionError("it never comes to rest")
 
     def later(self, seconds: float) -> None:

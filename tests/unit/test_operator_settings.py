@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from finetune_operator.__main__ import JsonFormatter, PlainFormatter, main, operate
-from finetune_operator.controller import fingerprint
+from finetune_operator.news import job_fingerprint
 from finetune_operator.settings import Settings
 from support.world import make_job
 
@@ -79,10 +79,10 @@ def test_progress_alone_is_no_news() -> None:
         raw = make_job().build()
         raw["status"] = {"state": "Running", "trainerStatus": {"attempt": 0, "phase": "Training", **trainer}}
         raw["metadata"]["resourceVersion"] = str(len(trainer))
-        return fingerprint(raw)
+        return job_fingerprint(raw)
 
     assert seen(progressPercentage=1) == seen(progressPercentage=2, step=7)
     assert seen() != seen(phase="Publishing")
     assert seen() != seen(checkpoint={"step": 5})
-    assert fingerprint(make_job().build()) != fingerprint(make_job().with_meta(generation=2).build())
-    assert fingerprint(make_job().build()) != fingerprint(make_job().with_meta(uid="another").build())
+    assert job_fingerprint(make_job().build()) != job_fingerprint(make_job().with_meta(generation=2).build())
+    assert job_fingerprint(make_job().build()) != job_fingerprint(make_job().with_meta(uid="another").build())

@@ -16,7 +16,7 @@ async def test_prepare_comes_first_and_costs_three_writes() -> None:
     world.run("support-bot-prepare")
     await world.settle()
     assert world.writes == 3
-    assert [e["reason"] for e in world.events] == ["Accepted", "Preparing"]
+    assert [e["reason"] for e in world.events] == ["Preparing"]
 
 
 async def test_the_data_and_the_sizing_are_told() -> None:

@@ -44,7 +44,14 @@ class Reviews:
     async def get_job(self, namespace: str, name: str) -> dict[str, Any] | None:
         raise AssertionError
 
-    async def patch_trainer_status(self, namespace: str, name: str, uid: str, trainer_status: dict[str, Any]) -> bool:
+    async def patch_trainer_status(
+        self,
+        namespace: str,
+        name: str,
+        uid: str,
+        trainer_status: dict[str, Any],
+        resource_version: str | None = None,
+    ) -> bool:
         raise AssertionError
 
 
