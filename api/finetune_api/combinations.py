@@ -29,8 +29,17 @@ def _tuning(spec: FineTuneJobSpec, tuning: Tuning, method: Method, path: Path) -
     if tuning.type == "QLoRA" and tuning.lora and tuning.lora.initialization == "PiSSA":
         text = "found PiSSA; it changes the base weights, which QLoRA has quantised; LoRA and DoRA can start from it"
         yield Problem((*path, "tuning", "lora", "initialization"), text)
+    if spec.output.merged and tuning.type in _WHY_NOT_MERGED:
+        yield Problem(("spec", "output", "merged"), f"found true; {_WHY_NOT_MERGED[tuning.type]}; leave it out")
 
 
+_WHOLE = "trains the model's own weights, so a whole model is published in any case"
+_WHY_NOT_MERGED = {
+    "PromptTuning": "PromptTuning adds tokens, not weights: there is nothing to merge",
+    "PrefixTuning": "PrefixTuning adds tokens, not weights: there is nothing to merge",
+    "Freeze": f"Freeze {_WHOLE}",
+    "Full": f"Full {_WHOLE}",
+}
 _WHY_NOT_PARTITIONED = {
     "QLoRA": "QLoRA's quantised weights cannot be partitioned",
     "DoRA": "DoRA needs the norms of whole weights",

@@ -44,8 +44,6 @@ def _unsupported(spec: FineTuneJobSpec) -> Iterator[Problem]:
         yield refuse("evaluation", "retention", found="retention", allowed="no retention data")
     if spec.evaluation.gates:
         yield refuse("evaluation", "gates", found=[g.metric for g in spec.evaluation.gates], allowed="no gates")
-    if spec.output.merged:
-        yield refuse("output", "merged", found=True, allowed="adapters only")
     if spec.tracking and spec.tracking != type(spec.tracking)():
         yield refuse("tracking", found="tracking", allowed="metrics in the status and in metrics.jsonl")
 

@@ -51,7 +51,6 @@ def run(directory: Path, s3: S3, model: Path, name: str, prefix: str, **changes:
 
 def published_loss(gang: Gang, directory: Path, model: Path) -> float:
     """On the validation data, of what was published, by peft and transformers alone."""
-    import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -65,6 +64,12 @@ def published_loss(gang: Gang, directory: Path, model: Path) -> float:
         loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model, **quantized), directory)
     if tuning.type == "QLoRA":
         loaded.train()  # when it evaluates, bitsandbytes takes a kernel that rounds to bfloat16
+    return loss_of(loaded, gang)
+
+
+def loss_of(loaded: Any, gang: Gang) -> float:
+    import torch
+
     loss = count = 0.0
     with torch.no_grad():
         for ids, labels in gang.validation:
@@ -110,6 +115,26 @@ def test_zero_publishes_what_it_learned(name: str, strategy: str, s3: S3, model:
     final = json.loads(s3.get(f"{gang.config.output_uri}attempt-0/metrics.jsonl").splitlines()[-1])["final"]
     assert final["evalLoss"] < final["evalLossBefore"]
     assert published_loss(gang, tmp_path / "out", model) == pytest.approx(final["evalLoss"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy"), [("DoRA-PiSSA-rs", "DDP"), ("QLoRA", "DDP"), ("IA3", "DDP"), ("rsLoRA", "ZeRO3")]
+)
+def test_a_merged_model_needs_no_peft(name: str, strategy: str, s3: S3, model: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    prefix = f"merged-{name}".lower()
+    changes = {"strategy": strategy, "micro_batch": 8, "output": {"uri": f"s3://bucket/{prefix}/", "merged": True}}
+    gang = run(tmp_path / "g", s3, model, name, prefix, workers=2 if strategy == "ZeRO3" else 1, **changes)
+    directory = gang.published(tmp_path / "out")
+    manifest = Manifest.model_validate_json((directory / "manifest.json").read_bytes())
+    assert {"merged/model.safetensors", "merged/config.json", "merged/tokenizer.json"} <= {
+        entry.key for entry in manifest.files
+    }
+    assert manifest.run
+    loss = loss_of(AutoModelForCausalLM.from_pretrained(directory / "merged"), gang)
+    assert loss == pytest.approx(manifest.run.metrics["evalLoss"], abs=1e-4)
+    assert str(tmp_path).encode() not in (directory / "merged" / "config.json").read_bytes()
 
 
 @pytest.mark.parametrize(

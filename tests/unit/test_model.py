@@ -60,7 +60,6 @@ def test_names_that_would_not_fit_their_children_are_refused(name: str) -> None:
     ("changes", "path"),
     [
         ({"method": {"type": "DPO"}}, "spec.method.type"),
-        ({"output": {"uri": "s3://out-bucket/", "merged": True}}, "spec.output.merged"),
         ({"stages": [{"name": "a"}]}, "spec.stages"),
         ({"baseModel": {"uri": "hf://org/name"}}, "spec.baseModel.uri"),
         ({"tracking": {"tensorboard": True}}, "spec.tracking"),
@@ -94,6 +93,11 @@ def test_what_is_not_built_yet_is_refused_with_its_field(changes: dict[str, Any]
             {"tuning": {"type": "QLoRA", "lora": {"initialization": "PiSSA"}}},
             "spec.tuning.lora.initialization",
             "it changes the base weights",
+        ),
+        (
+            {"tuning": {"type": "Full"}, "output": {"uri": "s3://out-bucket/", "merged": True}},
+            "spec.output.merged",
+            "a whole model is published in any case",
         ),
     ],
 )

@@ -41,7 +41,7 @@ def model_card(config: RunConfig, index: PreparedData, run: RunInfo, history: Hi
         _front_matter(config),
         f"# {config.job}\n\n{what} by supervised fine-tuning.",
         "## Results\n\n" + _results(run.metrics, "With this adapter" if tuning.is_adapter else "This model"),
-        "## Use\n\n" + (_use(run.base_model_uri) if tuning.is_adapter else USE_MODEL),
+        "## Use\n\n" + (_use(run.base_model_uri, config.spec.output.merged) if tuning.is_adapter else USE_MODEL),
         "## Data\n\n" + _data(config, index, run),
         "## Training\n\n" + _training(config, seconds, history),
         "## Loss\n\n" + _loss(history),
@@ -87,7 +87,8 @@ USE_MODEL = (
 )
 
 
-def _use(base_model_uri: str) -> str:
+def _use(base_model_uri: str, merged: bool) -> str:
+    more = "\n\nThe folder `merged` is a whole model: it needs no peft and no base model." if merged else ""
     return (
         "```python\n"
         "from peft import PeftModel\n"
@@ -95,7 +96,7 @@ def _use(base_model_uri: str) -> str:
         f'model = AutoModelForCausalLM.from_pretrained("<a copy of {base_model_uri}>")\n'
         'model = PeftModel.from_pretrained(model, "<this folder>")\n'
         'tokenizer = AutoTokenizer.from_pretrained("<this folder>")\n'
-        "```"
+        f"```{more}"
     )
 
 

@@ -64,7 +64,8 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
-            device_map={"": device} if on_gpu else None,
+            # Quantised weights would go to a GPU by themselves, wherever they are wanted.
+            device_map={"": device} if on_gpu or (quantization and device) else None,
             attn_implementation=attention,
             use_safetensors=True,
             local_files_only=True,

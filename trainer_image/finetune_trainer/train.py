@@ -92,6 +92,10 @@ def train(config: RunConfig, work: WorkDir, signals: Signals, reporter: Reporter
     if ranks.is_main:
         if spec.tuning.is_adapter:
             save.save_adapter(tuned, parameters, initial, work.output)
+            if spec.output.merged:
+                merged = work.output / "merged"
+                save.save_merged(work.model, spec.tuning, dtype, work.output, merged)
+                save.copy_tokenizer(work.model, merged)
         else:
             save.save_model(work.model, dtype, parameters, work.output)
         end.result = publish_output(config, work, store, data, journal, metrics, reporter)
