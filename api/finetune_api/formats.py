@@ -58,6 +58,29 @@ def problems(spec: FineTuneJobSpec) -> Iterator[Problem]:
         if stage.datasets:
             method = (stage.method or spec.method).type
             yield from _problems(method, [(("spec", "stages", index, "datasets"), stage.datasets)])
+    for path, datasets in ((("spec", "datasets"), spec.datasets), *held_out):
+        for index, dataset in enumerate(datasets):
+            for field, text in _options(spec, dataset, trained=path == ("spec", "datasets")):
+                yield Problem((*path, index, field), text)
+    if spec.mixing and spec.mixing.type != "Weighted":
+        for index, dataset in enumerate(spec.datasets):
+            if dataset.weight is not None:
+                text = f"found {dataset.weight:g}; mixing.type {spec.mixing.type} uses no weights"
+                yield Problem(("spec", "datasets", index, "weight"), text)
+
+
+def _options(spec: FineTuneJobSpec, dataset: Dataset, trained: bool) -> Iterator[tuple[str, str]]:
+    """What cannot be done with one dataset, with the field."""
+    answered = ("Auto", "Messages", "PromptCompletion", "Instruction")
+    supervised = spec.method.type == "SFT" and dataset.format in answered
+    if dataset.shots and not trained:
+        yield "shots", f"found {dataset.shots}; data that are only held out have no training rows to draw from"
+    elif dataset.shots and not supervised:
+        yield "shots", f"found {dataset.shots}; shots need method SFT and the format {' or '.join(answered[1:])}"
+    elif dataset.shots and spec.method.sft and spec.method.sft.loss != "Completion":
+        yield "shots", f"found {dataset.shots}; with loss {spec.method.sft.loss} the shots would be learned, too"
+    if dataset.retrieval and not supervised:
+        yield "retrieval", f"needs method SFT and the format {' or '.join(answered[1:])}"
 
 
 def _problems(method: str, named: Sequence[tuple[Path, Sequence[Dataset]]]) -> Iterator[Problem]:

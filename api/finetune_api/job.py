@@ -116,7 +116,34 @@ class Columns(ApiModel):
 Format = Literal["Auto", "Messages", "PromptCompletion", "Instruction", "Text", "Preference", "Labelled", "PromptOnly"]
 
 
+class Retrieval(ApiModel):
+    """Training rows whose passages (`columns.context`) do not hold the answer, so that the model learns to say so."""
+
+    rules: ClassVar = (
+        Rule(
+            # The server checks a default against the rules before it fills it in.
+            "(has(self.dropRatio) ? self.dropRatio : 0.0) + (has(self.swapRatio) ? self.swapRatio : 0.0) <= 1.0",
+            "dropRatio and swapRatio must be at most 1 together",
+            lambda self: self.drop_ratio + self.swap_ratio <= 1,
+        ),
+    )
+    drop_ratio: Ratio = 0.0
+    """Share of the training rows that lose their passages."""
+    swap_ratio: Ratio = 0.0
+    """Share of the training rows that get another row's passages."""
+    absent_answer: Annotated[str, StringConstraints(min_length=1, max_length=1024)] = "The passages do not answer this."
+    """What is to be answered in such rows."""
+
+
 class Dataset(ApiModel):
+    rules: ClassVar = (
+        Rule(
+            "!has(self.retrieval) || (has(self.columns) && has(self.columns.context))",
+            "retrieval needs columns.context",
+            lambda self: self.retrieval is None or bool(self.columns and self.columns.context),
+            field="retrieval",
+        ),
+    )
     name: Label
     uri: S3Uri
     """A file, or a prefix that ends in `/`: .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .csv."""
@@ -126,6 +153,9 @@ class Dataset(ApiModel):
     """Sandboxed Jinja that renders the prompt from the row's columns; absent: the model's chat template."""
     weight: Annotated[float, Field(gt=0, le=1_000_000)] | None = None
     """Share of this dataset in the mix, relative to the others'; absent everywhere: in proportion to size."""
+    shots: Annotated[int, Field(ge=0, le=64)] = 0
+    """Examples in front of each prompt, drawn with the job's seed from the dataset's own training rows."""
+    retrieval: Retrieval | None = None
 
 
 Datasets = Annotated[
@@ -136,6 +166,22 @@ Datasets = Annotated[
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
     ),
 ]
+
+
+class Mixing(ApiModel):
+    """How much each dataset gives to an epoch; absent: Weighted where some dataset has a weight, else Proportional."""
+
+    rules: ClassVar = (
+        Rule(
+            "(self.type == 'Temperature') == has(self.temperature)",
+            "temperature is required where type is Temperature, and allowed only there",
+            lambda self: (self.type == "Temperature") == (self.temperature is not None),
+        ),
+    )
+    type: Literal["Proportional", "Weighted", "Temperature"]
+    """By size; by weight; by size to the power of 1 / temperature."""
+    temperature: Annotated[float, Field(ge=1, le=100)] | None = None
+    """1 is Proportional; the higher, the more alike the shares are."""
 
 
 class Holdout(ApiModel):
@@ -338,6 +384,7 @@ class FineTuneJobSpec(ApiModel):
     method: Method = Method()
     tuning: Tuning = Tuning()
     datasets: Datasets
+    mixing: Mixing | None = None
     validation: Holdout | None = None
     test: Holdout | None = None
     data_policy: DataPolicy = DataPolicy()

@@ -32,6 +32,8 @@ def _unsupported(spec: FineTuneJobSpec) -> Iterator[Problem]:
         for index, dataset in enumerate(datasets):
             if dataset.format not in FORMATS and dataset.format in formats.ACCEPTED[spec.method.type]:
                 yield refuse(*path, index, "format", found=dataset.format, allowed=", ".join(FORMATS))
+    if spec.mixing and spec.mixing.type == "Temperature":
+        yield refuse("mixing", "type", found=spec.mixing.type, allowed="Proportional and Weighted")
     if spec.test:
         yield refuse("test", found="a test split", allowed="validation only")
     if spec.training.early_stopping:

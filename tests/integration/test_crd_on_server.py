@@ -29,6 +29,23 @@ GOOD: dict[str, dict[str, Any]] = {
     "validation": {"validation": {"fraction": 0.1}},
     "a stage": {"stages": [{"name": "one", "training": {"epochs": 1}}]},
     "hf": {"baseModel": {"uri": "hf://org/name@main"}},
+    "a mix by temperature": {"mixing": {"type": "Temperature", "temperature": 2}},
+    "a mix by size": {"mixing": {"type": "Proportional"}},
+    "passages and shots": {
+        "datasets": [
+            {
+                "name": "a",
+                "uri": "s3://data/a",
+                "columns": {"context": "found"},
+                "retrieval": {"dropRatio": 0.5, "swapRatio": 0.5},
+                "shots": 3,
+            }
+        ]
+    },
+    "passages that are never dropped": {
+        "datasets": [{"name": "a", "uri": "s3://data/a", "columns": {"context": "found"}, "retrieval": {}}]
+    },
+    "a similarity": {"dataPolicy": {"similarity": 0.75}},
 }
 BAD: dict[str, dict[str, Any]] = {
     "epochs and maxSteps": {"training": {"epochs": 1, "maxSteps": 1}},
@@ -58,6 +75,22 @@ BAD: dict[str, dict[str, Any]] = {
     "a stage's union": {"stages": [{"name": "one", "tuning": {"type": "Full", "lora": {}}}]},
     "too long a name": {"profile": LIMIT},
     "too many gates": {"evaluation": {"gates": [{"metric": "a", "operator": "AtLeast", "value": 1}] * 33}},
+    "a mix without its temperature": {"mixing": {"type": "Temperature"}},
+    "a temperature under Weighted": {"mixing": {"type": "Weighted", "temperature": 2}},
+    "a mix of no kind": {"mixing": {}},
+    "retrieval without a column": {"datasets": [{"name": "a", "uri": "s3://data/a", "retrieval": {"dropRatio": 0.5}}]},
+    "more than all rows": {
+        "datasets": [
+            {
+                "name": "a",
+                "uri": "s3://data/a",
+                "columns": {"context": "found"},
+                "retrieval": {"dropRatio": 0.6, "swapRatio": 0.6},
+            }
+        ]
+    },
+    "too many shots": {"datasets": [{"name": "a", "uri": "s3://data/a", "shots": 65}]},
+    "a similarity of anything": {"dataPolicy": {"similarity": 0.1}},
     "managed by a stranger": {"runPolicy": {"managedBy": "someone"}},
 }
 PATH = "/apis/finetune.dev/v1alpha1"

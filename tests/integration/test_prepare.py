@@ -292,3 +292,34 @@ def test_special_tokens_in_rows_are_text_and_told(s3: S3) -> None:
     assert message.prepared.message == (
         "1 kept with specialTokens (s3://bucket/data/pairs.jsonl line 1: <|im_end|> is encoded as plain text)"
     )
+
+
+def test_shots_are_drawn_from_training_rows_alone(s3: S3) -> None:
+    s3.put("s3://bucket/data/pairs.jsonl", jsonl([{"prompt": f"q{i}:", "completion": f" a{i}"} for i in range(40)]))
+    prepare(configured(s3, dataset={"shots": 2}, validation={"fraction": 0.3}))
+    tokenizer = make_tokenizer()
+    told: dict[str, list[list[str]]] = {
+        split: [tokenizer.decode(ids).split("\n\n") for ids, _ in examples(s3, split)]
+        for split in ("train", "validation")
+    }
+    trained = {parts[-1] for parts in told["train"]}
+    assert len(trained) + len(told["validation"]) == 40
+    for parts in [*told["train"], *told["validation"]]:
+        assert len(set(parts)) == 3
+        assert set(parts[:2]) <= trained
+    learned = [tokenizer.decode([label for label in labels if label != -100]) for _, labels in examples(s3)]
+    assert learned == [parts[-1].partition(":")[2] for parts in told["train"]]
+
+
+def test_passages_are_placed_and_a_share_is_dropped_from_training_rows(s3: S3) -> None:
+    rows = [{"prompt": f"q{i}", "completion": f" a{i}", "found": [f"p{i}"]} for i in range(40)]
+    s3.put("s3://bucket/data/pairs.jsonl", jsonl(rows))
+    retrieval = {"dropRatio": 0.5, "absentAnswer": " none"}
+    dataset = {"columns": {"context": "found"}, "retrieval": retrieval}
+    prepare(configured(s3, dataset=dataset, validation={"fraction": 0.3}))
+    tokenizer = make_tokenizer()
+    train, held = ([tokenizer.decode(ids) for ids, _ in examples(s3, split)] for split in ("train", "validation"))
+    assert all(text.startswith("[1] p") and " a" in text for text in held)
+    without = [text for text in train if not text.startswith("[1] p")]
+    assert 0.2 < len(without) / len(train) < 0.8
+    assert all(text.startswith("q") and text.endswith(" none") for text in without)

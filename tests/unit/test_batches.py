@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune_trainer.batches import IGNORED, WINDOW, Examples, Plan, collate, pack, rows_of, shares
+from finetune_trainer.batches import IGNORED, WINDOW, Examples, Plan, by_temperature, collate, pack, rows_of, shares
 
 
 def make_examples(lengths: list[int], datasets: list[int] | None = None) -> Examples:
@@ -152,3 +152,8 @@ def test_collation() -> None:
     assert {name: tensor.shape for name, tensor in flat.items()} == dict.fromkeys(batch, (1, 32))
     assert flat["position_ids"].flatten().tolist() == batch["position_ids"].flatten().tolist()
     assert "position_ids" not in collate(examples, [np.array([0])], packed=False)
+
+
+@pytest.mark.parametrize(("temperature", "expected"), [(1.0, [900, 100]), (2.0, [750, 250]), (100.0, [506, 494])])
+def test_temperature_evens_the_shares(temperature: float, expected: list[int]) -> None:
+    assert shares([900, 100], by_temperature([900, 100], temperature)) == pytest.approx(expected, abs=1)

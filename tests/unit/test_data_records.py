@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from finetune_api.failures import FineTuneError
 from finetune_api.formats import ACCEPTED, Kind, formats_of, kind_of, problems
@@ -129,13 +130,13 @@ def test_classes_are_ordered_and_held_out_ones_are_known() -> None:
         Classes().names()
 
 
-def spec_of(method: str, form: str, **fields: Any) -> FineTuneJobSpec:
+def spec_of(kind: str, form: str, **fields: Any) -> FineTuneJobSpec:
     dataset = {"name": "a", "uri": "s3://bucket/a.jsonl", "format": form}
     return FineTuneJobSpec.model_validate(
         {
             "baseModel": {"uri": "s3://bucket/m/"},
             "output": {"uri": "s3://bucket/o/"},
-            "method": {"type": method},
+            "method": {"type": kind},
             "datasets": [dataset],
         }
         | fields
@@ -163,3 +164,44 @@ def test_a_format_that_the_method_does_not_learn_from_is_named() -> None:
     assert [str(p) for p in problems(spec_of("SFT", "Auto", stages=stages))] == [
         "spec.stages[0].datasets[0].format: found Text; method Reward needs Preference"
     ]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "spec", "text"),
+    [
+        (
+            {"shots": 2, "format": "Text"},
+            {},
+            "datasets[0].shots: found 2; shots need method SFT and the format Messages",
+        ),
+        ({"shots": 2}, {"method": {"type": "SFT", "sft": {"loss": "All"}}}, "with loss All the shots would be learned"),
+        ({"retrieval": {}, "columns": {"context": "c"}}, {"method": {"type": "DPO"}}, "retrieval: needs method SFT"),
+        ({"weight": 2}, {"mixing": {"type": "Proportional"}}, "weight: found 2; mixing.type Proportional uses no weig"),
+    ],
+)
+def test_options_that_do_not_go_together_are_named(dataset: dict[str, Any], spec: dict[str, Any], text: str) -> None:
+    fields = {"name": "a", "uri": "s3://bucket/a.jsonl"} | dataset
+    changes = {"datasets": [fields]} | spec
+    assert text in str([str(problem) for problem in problems(spec_of("SFT", "Auto", **changes))])
+
+
+def test_held_out_data_have_no_shots() -> None:
+    held = {"datasets": [{"name": "v", "uri": "s3://bucket/v.jsonl", "shots": 1}]}
+    assert [str(problem) for problem in problems(spec_of("SFT", "Auto", validation=held))] == [
+        "spec.validation.datasets[0].shots: found 1; data that are only held out have no training rows to draw from"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"datasets": [{"name": "a", "uri": "s3://b-b/a", "retrieval": {"dropRatio": 0.5}}]}, "needs columns.context"),
+        ({"mixing": {"type": "Temperature"}}, "temperature is required where type is Temperature"),
+        ({"mixing": {"type": "Weighted", "temperature": 2}}, "temperature is required where type is Temperature"),
+        ({"datasets": [{"name": "a", "uri": "s3://b-b/a", "columns": {"context": "c"},
+                        "retrieval": {"dropRatio": 0.6, "swapRatio": 0.6}}]}, "must be at most 1 together"),
+    ],
+)  # fmt: skip
+def test_rules_of_the_options(fields: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValidationError, match=text):
+        spec_of("SFT", "Auto", **fields)

@@ -132,6 +132,11 @@ def shares(sizes: Sequence[int], weights: Sequence[float | None]) -> list[int]:
     return [int(count) for count in counts]
 
 
+def by_temperature(sizes: Sequence[int], temperature: float) -> list[float | None]:
+    """Weights for `shares`: size to the power of 1 / temperature, so that small datasets are seen more often."""
+    return [float(size) ** (1 / temperature) for size in sizes]
+
+
 class Plan:
     """The rows of every optimizer step: the same arguments give the same steps on every rank and in every attempt."""
 

@@ -10,6 +10,7 @@ from finetune_api.formats import Kind, formats_of, kind_of
 from finetune_api.job import GRPO, PPO, FineTuneJobSpec
 from finetune_api.run import Shard, Split
 from finetune_trainer import log
+from finetune_trainer.data.augment import SCAN, Passages, Shots
 from finetune_trainer.data.basemodel import BaseModel
 from finetune_trainer.data.classes import Classes
 from finetune_trainer.data.formats import Ambiguous, BadRow, detect
@@ -42,13 +43,23 @@ class Placed(NamedTuple):
     """One; of a pair the chosen and the rejected."""
 
 
+class Reading(NamedTuple):
+    """How the rows of one data set are read."""
+
+    source: Source
+    report: DatasetReport
+    form: str
+    template: RowTemplate | None
+    passages: Passages
+
+
 class Pipeline:
     """Prepares one data set after the other. Held-out sets come first: what they hold is looked for in the others."""
 
     def __init__(self, store: Store, spec: FineTuneJobSpec, model: BaseModel, folder: Path, upload: Upload) -> None:
         self._store, self._spec, self._model = store, spec, model
         self._folder, self._upload = folder, upload
-        self._policy = spec.data_policy
+        self._policy, self._seed = spec.data_policy, spec.training.seed
         self._loss: Loss = spec.method.sft.loss if spec.method.sft else "Completion"
         self.kind: Kind = kind_of(spec.method.type, spec.datasets)
         self._formats = formats_of(spec.method.type, self.kind)
@@ -116,36 +127,89 @@ class Pipeline:
                 Reason.INVALID_SPEC,
                 f"{source.field}.template: Messages are rendered by the model's chat template; remove it",
             )
+        reading = Reading(source, report, form, template, Passages(source.dataset, self._seed, template is not None))
+        shots = self._shots(reading)
         for where, row in itertools.chain(peeked, found):
             report.read += 1
             self._progress.add(1)
             try:
-                if row.problem:
-                    raise BadRow(row.problem)
-                guarded = self._guard.row(row.value) if form != "Text" else Guarded(row.value, "")
-                records = to_records(
-                    guarded.row,
-                    form,
-                    self.kind,
-                    source.dataset.columns,
-                    template.render if template else None,
-                    self._model.has_chat_template,
-                )
-                digest = digest_of(records)
-                split = source.split or self._split(digest)
-                compared = compared_by(records, row.value, template.columns if template else None)
-                known = sketch(*compared) if self._policy.similarity < 1 else None
-                if not self._repeats.passes(report, Candidate(source, where, split, digest, known)):
-                    continue
-                placed = [Placed(where, split, record, self._lay_out(record)) for record in records]
+                placed = self._place(reading, shots, where, row)
             except BadRow as error:
                 refuse(self._policy, source, report, where, plain(str(error)))
                 continue
-            if guarded.found:
-                report.warn("specialTokens", where, f"{guarded.found} is encoded as plain text")
-            if not report.sample:
+            if placed and not report.sample:
                 report.sample = placed[0].texts[0].text[:SAMPLE]
             yield from placed
+
+    def _place(self, reading: Reading, shots: Shots, where: str, row: Row) -> list[Placed]:
+        """One row, laid out; nothing where the policy leaves it out. Raises BadRow."""
+        source, report, form, passages = reading.source, reading.report, reading.form, reading.passages
+        guarded = self._guarded(row, form)
+        records = self._records(reading, guarded.row)
+        digest = digest_of(records)
+        split = source.split or self._split(digest)
+        if not self._repeats.passes(report, self._candidate(reading, where, split, digest, guarded.row, records)):
+            return []
+        if split == "train" and (changed := passages.altered(guarded.row, form, digest)):
+            records = self._records(reading, changed)
+        records = [record._replace(example=shots.before(record.example, digest)) for record in records]
+        placed = [Placed(where, split, record, self._lay_out(record)) for record in records]
+        if guarded.found:
+            report.warn("specialTokens", where, f"{guarded.found} is encoded as plain text")
+        return placed
+
+    def _guarded(self, row: Row, form: str) -> Guarded:
+        if row.problem:
+            raise BadRow(row.problem)
+        return self._guard.row(row.value) if form != "Text" else Guarded(row.value, "")
+
+    def _records(self, reading: Reading, row: Mapping[str, Any]) -> list[Record]:
+        return to_records(
+            reading.passages.placed(row, reading.form),
+            reading.form,
+            self.kind,
+            reading.source.dataset.columns,
+            reading.template.render if reading.template else None,
+            self._model.has_chat_template,
+        )
+
+    def _candidate(
+        self,
+        reading: Reading,
+        where: str,
+        split: Split,
+        digest: bytes,
+        row: Mapping[str, Any],
+        records: list[Record],
+    ) -> Candidate:
+        """The row as the policy sees it: its passages, which many rows may share, have no part in what is compared."""
+        if self._policy.similarity >= 1:
+            return Candidate(reading.source, where, split, digest, None)
+        passages, template = reading.passages.column, reading.template
+        if passages and not template:
+            bare = {name: value for name, value in row.items() if name != passages}
+            columns = reading.source.dataset.columns
+            records = to_records(bare, reading.form, self.kind, columns, None, self._model.has_chat_template)
+        rendered = template.columns - {passages} if template else None
+        return Candidate(reading.source, where, split, digest, sketch(*compared_by(records, row, rendered)))
+
+    def _shots(self, reading: Reading) -> Shots:
+        """Examples of the training split for few-shot prompts; none of what is held out, nor like it."""
+        shots = Shots(reading.source.dataset.shots, self._seed)
+        if not shots.count:
+            return shots
+        for where, row in itertools.islice(self._rows(reading.source), SCAN):
+            try:
+                guarded = self._guarded(row, reading.form)
+                records = self._records(reading, guarded.row)
+                digest = digest_of(records)
+            except BadRow:
+                # It is told of when its turn comes.
+                continue
+            known = self._candidate(reading, where, self._split(digest), digest, guarded.row, records)
+            if known.split == "train" and not self._repeats.is_held_out(known):
+                shots.offer(digest, records[0].example)
+        return shots
 
     def _lay_out(self, record: Record) -> list[Text]:
         """Raises BadRow."""

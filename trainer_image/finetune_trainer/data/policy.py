@@ -68,6 +68,10 @@ class Repeats:
             self._held_out.setdefault(row.digest, row.split)
         return True
 
+    def is_held_out(self, row: Candidate) -> bool:
+        """Whether a training row is in the held-out data sets too, or nearly so."""
+        return row.digest in self._held_out or self._near_held_out.find(row) is not None
+
     def _held_apart(self, report: DatasetReport, row: Candidate) -> bool:
         other = self._held_out.get(row.digest)
         if other is not None and other != row.split:
