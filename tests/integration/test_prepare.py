@@ -243,6 +243,12 @@ def test_leaks_can_be_left_out(s3: S3, policy: str, kept: int, dropped: dict[str
     assert index_of(s3).dropped == dropped
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_row(s3: S3) -> None:
+    s3.put("s3://bucket/data/pairs.jsonl", b"\xef\xbb\xbf" + jsonl(PAIRS[:3]))
+    prepare(configured(s3))
+    assert len(examples(s3)) == 3
+
+
 def test_a_second_run_writes_the_same_again(s3: S3) -> None:
     s3.put("s3://bucket/data/pairs.jsonl", jsonl(PAIRS))
 

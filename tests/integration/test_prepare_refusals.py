@@ -13,6 +13,7 @@ import pytest
 
 from finetune_api.failures import FineTuneError, Reason
 from finetune_api.run import RunConfig
+from finetune_trainer.data import readers
 from finetune_trainer.prepare import prepare
 from support.runs import make_run_config
 from support.s3 import S3, running_s3
@@ -52,7 +53,8 @@ def pod(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 
 
 def configured(s3: S3, **spec: Any) -> RunConfig:
-    return make_run_config(endpoint=s3.endpoint, **spec)
+    gang = spec.get("distribution", {"workers": 1, "gpusPerWorker": 1})
+    return make_run_config(endpoint=s3.endpoint, workers=gang["workers"], processes=gang["gpusPerWorker"], **spec)
 
 
 def refusal(config: RunConfig) -> FineTuneError:
@@ -87,13 +89,49 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "a short CSV line": ("p.csv", b"prompt,completion\na,b\nc\n", "line 3: found 1 fields; the first line names 2"),
     "a CSV without names": ("p.csv", b"prompt,prompt\na,b\n", "line 1: the first line must name the columns"),
     "an open quote": ("p.csv", b'prompt,completion\n"a,b\n', "line 2: invalid CSV"),
+    "a key that stands twice": (
+        "p.jsonl", line(4, b'{"prompt": "x", "prompt": "y", "completion": "z"}\n'),
+        "line 4: invalid JSON: the key 'prompt' stands twice in one object"),
+    "deep nesting": (
+        "p.jsonl", line(2, b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n"),
+        "line 2: invalid JSON: lists and objects lie in more than 64 others"),
+    "nesting that only code of ours would fail on": (
+        "p.jsonl", line(2, b'{"completion": "x", "prompt": ' + b"[" * 400 + b"]" * 400 + b"}\n"),
+        "line 2: invalid JSON: lists and objects lie in more than 64 others"),
+    "a bomb of empty lines": (
+        "p.jsonl.gz", gzip.compress(GOOD + b"\n" * 2_000_000),
+        r"line \d+: [\d,]+ bytes were unpacked to [\d,]+; more than 200 to one are refused"),
+    "a bomb in zstd": (
+        "p.jsonl.zst", pa.compress(GOOD + b"\n" * 2_000_000, "zstd", asbytes=True), "more than 200 to one are refused"),
+    "an endless line": (
+        "p.jsonl", line(3, b'{"prompt": "' + b"x" * 200_000), "line 3: the line has more than 100,000 bytes"),
+    "an endless line in gzip": (
+        "p.jsonl.gz", gzip.compress(b'{"prompt": "' + b"x" * 200_000), "line 1: the line has more than 100,000 bytes"),
+    "an endless field of a CSV": (
+        "p.csv", b"prompt,completion\na," + b"x" * 200_000, "line 2: the line has more than 100,000 bytes"),
+    "a strange role": (
+        "p.jsonl", b'{"messages": [{"role": "bot", "content": "x"}]}\n',
+        r"line 1: `messages\[0\].role` must be one of system, user, assistant, tool; found 'bot'"),
+    "roles out of order": (
+        "p.jsonl", b'{"messages": [{"role": "assistant", "content": "x"}]}\n', "roles are out of order: turn 1,"),
+    "conversations without an answer": (
+        "p.jsonl", b'{"messages": [{"role": "user", "content": "x"}]}\n', "line 1: found no turn of the assistant"),
+    "an empty file": ("p.jsonl", b"", "there are no rows"),
+    "an empty parquet file": ("p.parquet", b"", "it is not a readable parquet file"),
+    "a text that reserves our marks": (
+        "p.jsonl", line(2, json.dumps({"prompt": "\ufdd2", "completion": "x"}).encode() + b"\n"), "noncharacter"),
     "no rows": ("p.jsonl", b"\n\n", "there are no rows"),
     "an unknown kind": ("p.json", GOOD, "is of no known kind; names end in .jsonl"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "data", "text"), FILES.values(), ids=FILES.keys())
-def test_a_bad_file_is_named_with_its_line(s3: S3, name: str, data: bytes, text: str) -> None:
+def test_a_bad_file_is_named_with_its_line(
+    s3: S3, name: str, data: bytes, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Small limits, so that the files that exceed them are small.
+    monkeypatch.setattr(readers, "LINE_LIMIT", 300_000 if b"[[" in data else 100_000)
+    monkeypatch.setattr(readers, "FREE", 1_000_000)
     s3.put(f"s3://bucket/data/{name}", data)
     s3.put("s3://bucket/out/bot/earlier/adapter", b"precious")
     error = refusal(configured(s3, datasets=[{"name": "pairs", "uri": f"s3://bucket/data/{name}"}]))
@@ -145,6 +183,9 @@ SPECS: dict[str, tuple[dict[str, Any], Reason, str]] = {
     "a column that is missing": (
         {"datasets": [{"name": "p", "uri": "s3://bucket/good.jsonl", "format": "Text"}]}, Reason.DATA_INVALID,
         "line 1: the column 'text' is missing; found completion, prompt"),
+    "fewer rows than processes": (
+        {"distribution": {"workers": 4, "gpusPerWorker": 3}}, Reason.DATA_INVALID,
+        "spec.datasets: 10 training examples are left; each of the 12 processes needs one"),
     "too few rows": (
         {"dataPolicy": {"tooLong": "Drop"}, "training": {"maxLength": 8},
          "datasets": [{"name": "p", "uri": "s3://bucket/good.jsonl", "template": "a long prompt, too long"}]},
@@ -240,6 +281,17 @@ MODELS: dict[str, tuple[Change, str]] = {
         lambda f: f | {"model.safetensors": f["model.safetensors"][:-100]}, "model.safetensors: .*it is cut off"),
     "weights that are none": (lambda f: f | {"model.safetensors": b"\xff" * 64}, "is not a safetensors file"),
     "overlapping tensors": (with_header(_move), "do not follow each other without a gap"),
+    "an embedding of another size": (
+        with_config(hidden_size=16), r"model.embed_tokens.weight has the shape \[.*, 32\]; .*say \[.*, 16\]"),
+    "no positive size": (with_config(num_hidden_layers=0), "`num_hidden_layers` must be a whole number of at least 1"),
+    "weights of integers": (
+        with_header(lambda h: [entry.update(dtype="I32") for name, entry in h.items() if name != "__metadata__"]),
+        "found weights of type I32; BF16, F16 and F32 are supported"),
+    "a header that is no JSON": (
+        lambda f: f | {"model.safetensors": struct.pack("<Q", 8) + b"{{{{{{{{" + f["model.safetensors"]},
+        "its safetensors header"),
+    "tokeniser settings that are a list": (
+        lambda f: f | {"tokenizer_config.json": b"[]"}, "tokenizer_config.json must be one JSON object"),
     "a broken entry": (
         with_header(lambda h: h["lm_head.weight"].update(shape=[-1, 4])), "lm_head.weight has a broken entry"),
     "a broken chat template": (

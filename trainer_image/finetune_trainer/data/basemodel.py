@@ -116,6 +116,7 @@ def _inspect(
     for name in weights:
         if name.endswith(".safetensors"):
             tensors |= _header(store, files[name])
+    _check_embedding(tensors, config, prefix)
     shape = model_shape(config, tensors, spec.tuning, prefix)
     special = _special_tokens(store, files)
     source = _chat_source(store, files)
@@ -129,6 +130,17 @@ def _inspect(
         raise invalid(f"{prefix}: the chat template cannot be compiled: {error}") from error
     pins = list(files.values())
     return BaseModel(pins, digest(pins, prefix), shape, Encoder(tokenizer, eos, bos), chat, source is not None)
+
+
+def _check_embedding(tensors: Mapping[str, Tensor], config: Mapping[str, Any], prefix: str) -> None:
+    """The weights must be those of config.json: loading them would fail after a GPU was given."""
+    wanted = (number(config, "vocab_size", prefix), number(config, "hidden_size", prefix))
+    for name, tensor in tensors.items():
+        if name.endswith((".embed_tokens.weight", ".wte.weight")) and tensor.shape != wanted:
+            raise invalid(
+                f"{prefix}: the weights' {name} has the shape {list(tensor.shape)}; config.json's vocab_size and "
+                f"hidden_size say {list(wanted)}"
+            )
 
 
 def _header(store: Store, pinned: PinnedObject) -> dict[str, Tensor]:

@@ -21,6 +21,10 @@ from finetune_api.failures import FineTuneError, Reason
 EXTENSIONS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".csv")
 LINE_LIMIT = 16 * 2**20
 """Bytes of one line, so that a file without line ends does not fill the memory."""
+RATIO, FREE = 200, 64 * 2**20
+"""Text packs to a tenth or so: a file that gives more than RATIO bytes for one, after the first FREE, is a bomb."""
+DEPTH = 64
+"""Lists and objects within each other in one row."""
 _PARQUET_ROWS = 1024
 
 
@@ -46,10 +50,11 @@ def read_stream(stream: BinaryIO, uri: str) -> Iterator[Row]:
     kind = kind_of(uri)
     if kind == ".jsonl":
         return _jsonl(stream, uri)
+    packed = _Counted(stream)
     if kind == ".jsonl.gz":
-        return _jsonl(gzip.GzipFile(fileobj=stream), uri)
+        return _jsonl(gzip.GzipFile(fileobj=packed), uri, packed)
     if kind == ".jsonl.zst":
-        return _jsonl(io.BufferedReader(_Zstd(stream), 2**20), uri)
+        return _jsonl(io.BufferedReader(_Zstd(packed), 2**20), uri, packed)
     if kind == ".csv":
         return _csv(stream, uri)
     raise ValueError(f"{uri} is not read as a stream")
@@ -68,10 +73,26 @@ def read_parquet(path: Path, uri: str) -> Iterator[Row]:
         raise _unreadable(uri, None, f"it is not a readable parquet file ({_short(error)})") from error
 
 
+class _Counted(io.RawIOBase):
+    """A stream that knows how much was read of it."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self.count = stream, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._stream.read(len(buffer))
+        buffer[: len(data)] = data
+        self.count += len(data)
+        return len(data)
+
+
 class _Zstd(io.RawIOBase):
     """pyarrow's decompressor as a stream that can read lines."""
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: BinaryIO | _Counted) -> None:
         self._source = pa.CompressedInputStream(pa.PythonFile(stream, mode="r"), "zstd")
 
     def readable(self) -> bool:
@@ -83,8 +104,8 @@ class _Zstd(io.RawIOBase):
         return len(data)
 
 
-def _jsonl(stream: Any, uri: str) -> Iterator[Row]:
-    number = 0
+def _jsonl(stream: Any, uri: str, packed: _Counted | None = None) -> Iterator[Row]:
+    number = size = 0
     while True:
         try:
             line: bytes = stream.readline(LINE_LIMIT + 1)
@@ -92,7 +113,11 @@ def _jsonl(stream: Any, uri: str) -> Iterator[Row]:
             raise _unreadable(uri, number + 1, f"the compressed data end or break here ({_short(error)})") from error
         if not line:
             return
-        number += 1
+        number, size = number + 1, size + len(line)
+        if packed and size > FREE + RATIO * packed.count:
+            raise _unreadable(
+                uri, number, f"{packed.count:,} bytes were unpacked to {size:,}; more than {RATIO} to one are refused"
+            )
         if len(line) > LINE_LIMIT:
             raise _unreadable(uri, number, f"the line has more than {LINE_LIMIT:,} bytes; one JSON object is expected")
         if number == 1:
@@ -104,16 +129,46 @@ def _jsonl(stream: Any, uri: str) -> Iterator[Row]:
 def _object(line: bytes, number: int) -> Row:
     try:
         # Without its end, so that an error at the end of the line is told in the line's own columns.
-        value = json.loads(line.decode().rstrip())
+        value = json.loads(line.decode().rstrip(), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
         return Row(number, {}, f"byte {error.start + 1} is not UTF-8")
     except json.JSONDecodeError as error:
         return Row(number, {}, f"invalid JSON at column {error.colno}: {error.msg}")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         return Row(number, {}, f"invalid JSON: {_short(error)}")
+    except RecursionError:
+        return Row(number, {}, _TOO_DEEP)
     if not isinstance(value, dict):
         return Row(number, {}, f"found {_kind(value)}; each line must be one JSON object")
+    if line.count(b"{") + line.count(b"[") > DEPTH and _too_deep(value):
+        return Row(number, {}, _TOO_DEEP)
     return Row(number, value)
+
+
+_TOO_DEEP = f"invalid JSON: lists and objects lie in more than {DEPTH} others"
+
+
+def _too_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(DEPTH):
+        level = [
+            item
+            for node in level
+            for item in (node.values() if isinstance(node, dict) else node)
+            if isinstance(item, dict | list)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return value
 
 
 def _without_mark(line: bytes, uri: str) -> bytes:
@@ -146,6 +201,8 @@ def _csv_lines(stream: BinaryIO, uri: str) -> Iterator[str]:
     number = 0
     while line := stream.readline(LINE_LIMIT + 1):
         number += 1
+        if len(line) > LINE_LIMIT:
+            raise _unreadable(uri, number, f"the line has more than {LINE_LIMIT:,} bytes")
         if number == 1:
             line = _without_mark(line, uri)
         try:
