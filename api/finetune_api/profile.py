@@ -89,7 +89,7 @@ class FineTuneProfileSpec(ApiModel):
     """ServiceAccounts that credentials.serviceAccountName may name."""
     storage: StorageConfig = StorageConfig()
     environment: Annotated[list[EnvVar], Field(max_length=64)] = []
-    network_policy: bool = True
+    network_policy: bool = False
     defaults: Annotated[
         dict[str, Any] | None, Field(json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})
     ] = None

@@ -39,7 +39,7 @@ PROFILE: Object = {
     "apiVersion": "finetune.dev/v1alpha1",
     "kind": "FineTuneProfile",
     "metadata": {"name": "bench"},
-    "spec": {"image": "example.com/trainer:bench", "networkPolicy": False},
+    "spec": {"image": "example.com/trainer:bench"},
 }
 MODEL = ModelShape(
     architecture="LlamaForCausalLM",
