@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 from urllib.parse import urlencode
+from urllib.request import getproxies
 
 import aiohttp
 from kubernetes.aio.client.api_client import ApiClient
@@ -154,6 +155,8 @@ class KubeCluster:
     ) -> None:
         """`timeout`: seconds for one request. `attempts`: tries of one call while the server says 429 or 5xx.
         `on_call(verb, resource, code or word, seconds)` hears of every request."""
+        # Otherwise aiohttp looks for ~/.netrc and for proxies in the environment before each request, in a thread.
+        configuration.client_session_kwargs = {"trust_env": bool(getproxies())}
         self._client = ApiClient(configuration)
         self._client.user_agent = FIELD_MANAGER
         self._host: str = configuration.host

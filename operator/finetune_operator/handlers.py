@@ -55,7 +55,21 @@ def registry(controller: Controller) -> kopf.OperatorRegistry:
     return handlers
 
 
+class NoDiff(kopf.DiffBaseStorage):
+    """Keeps nothing of an object: kopf would copy each one that it hears of, for a difference that nobody reads."""
+
+    def build(self, **_: Any) -> kopf.BodyEssence:
+        return kopf.BodyEssence()
+
+    def fetch(self, **_: Any) -> kopf.BodyEssence | None:
+        return None
+
+    def store(self, **_: Any) -> None:
+        """Nothing is written to any object."""
+
+
 def configure(settings: kopf.OperatorSettings) -> None:
+    settings.persistence.diffbase_storage = NoDiff()
     # Events are posted by the controller, after the status write; kopf would turn its own log lines into more.
     settings.posting.enabled = False
     # No watches on namespaces and CRDs: they need rights of their own, and nothing here waits for either.
