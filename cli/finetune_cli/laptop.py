@@ -111,8 +111,6 @@ def profile(info: SandboxInfo) -> Object:
             "prepare": {"cpu": "500m", "memory": "2Gi"},
             "terminationGracePeriodSeconds": 30,
             "storage": {"endpoint": info.s3_endpoint, "region": info.s3_region, "addressingStyle": "path"},
-            # Pods share this machine's cores, and none knows of the others: more threads would wait for each other.
-            "environment": [{"name": "OMP_NUM_THREADS", "value": "1"}],
         },
     }
 

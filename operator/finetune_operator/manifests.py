@@ -13,6 +13,7 @@ from typing import Any
 from finetune_api import API_VERSION
 from finetune_api.failures import EXIT_CODES, outcome_of
 from finetune_api.job import FineTuneJob, FineTuneJobSpec
+from finetune_api.model import quantity
 from finetune_api.profile import FineTuneProfile, FineTuneProfileSpec
 from finetune_api.progress import audience
 from finetune_api.run import Devices, PreparedSummary, RunConfig
@@ -102,6 +103,9 @@ def gang(
         _value("FINETUNE_MASTER_ADDR", f"{name}-0.{name}.{namespace}.svc"),
         _value("FINETUNE_MASTER_PORT", str(PORT)),
     ]
+    if profile.spec.accelerator is None and all(e.name != "OMP_NUM_THREADS" for e in profile.spec.environment):
+        # Pods on one node share its cores: the threads that each would start for all of them wait for each other.
+        env.append(_value("OMP_NUM_THREADS", str(max(1, int(quantity(profile.spec.resources.cpu))))))
     # Only the gang goes to the profile's nodes: preparing data on a machine with GPUs would keep others from them.
     placement: Object = {
         "subdomain": name,
@@ -127,10 +131,10 @@ def gang(
     )
 
 
-def times(quantity: str, factor: int) -> str:
+def times(amount: str, factor: int) -> str:
     """`"1.5Gi"` times 2 is `"3Gi"`."""
-    number = quantity.rstrip("mkKMGTPi")
-    return f"{(Decimal(number) * factor).normalize():f}{quantity[len(number) :]}"
+    number = amount.rstrip("mkKMGTPi")
+    return f"{(Decimal(number) * factor).normalize():f}{amount[len(number) :]}"
 
 
 def _gang_resources(profile: FineTuneProfileSpec, processes: int) -> Object:

@@ -196,6 +196,20 @@ def test_the_environment() -> None:
     assert "FINETUNE_WORKER_INDEX" not in environment(build(FULL_JOB, **FULL_PROFILE)[0])
 
 
+@pytest.mark.parametrize(
+    ("profile", "threads"),
+    [
+        ({"resources": {"cpu": "500m"}}, "1"),
+        ({"resources": {"cpu": "3500m"}}, "3"),
+        ({"resources": {"cpu": "4"}, "environment": [{"name": "OMP_NUM_THREADS", "value": "2"}]}, "2"),
+        ({"accelerator": {"memory": "80Gi"}}, None),
+    ],
+)
+def test_cpu_processes_take_the_threads_that_they_have_cores_for(profile: dict[str, Any], threads: str | None) -> None:
+    entry = environment(build(make_job(), **profile)[1]).get("OMP_NUM_THREADS")
+    assert (entry and entry["value"]) == threads
+
+
 def test_the_owner_is_the_job_and_needs_no_right_on_finalizers() -> None:
     for objects in build(make_job()):
         for manifest in objects:
