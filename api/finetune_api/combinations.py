@@ -29,6 +29,12 @@ def _tuning(spec: FineTuneJobSpec, tuning: Tuning, method: Method, path: Path) -
     if tuning.type == "QLoRA" and tuning.lora and tuning.lora.initialization == "PiSSA":
         text = "found PiSSA; it changes the base weights, which QLoRA has quantised; LoRA and DoRA can start from it"
         yield Problem((*path, "tuning", "lora", "initialization"), text)
+    if spec.base_model.adapter_uri and not tuning.is_adapter:
+        text = f"{tuning.type} trains the model's own weights; publish the adapter merged and start from that model"
+        yield Problem(("spec", "baseModel", "adapterUri"), text)
+    if spec.base_model.adapter_uri and tuning.lora and tuning.lora.initialization == "PiSSA":
+        text = "found PiSSA; an earlier adapter is the start already: leave one of the two out"
+        yield Problem((*path, "tuning", "lora", "initialization"), text)
     if spec.output.merged and tuning.type in _WHY_NOT_MERGED:
         yield Problem(("spec", "output", "merged"), f"found true; {_WHY_NOT_MERGED[tuning.type]}; leave it out")
 

@@ -66,6 +66,8 @@ class PreparedData(ApiModel):
     """Per dataset, over its pinned objects."""
     base_model: list[PinnedObject]
     base_model_sha256: Sha256
+    adapter: list[PinnedObject] = []
+    """Of the earlier adapter, where the job starts from one: its two files and its manifest."""
     model: ModelShape
     kind: Kind = "Tokens"
     classes: list[ShortText] = []

@@ -21,8 +21,6 @@ def _unsupported(spec: FineTuneJobSpec) -> Iterator[Problem]:
 
     if not spec.base_model.uri.startswith("s3://"):
         yield refuse("baseModel", "uri", found=spec.base_model.uri, allowed="s3:// only")
-    if spec.base_model.adapter_uri:
-        yield refuse("baseModel", "adapterUri", found=spec.base_model.adapter_uri, allowed="no earlier adapter")
     if spec.method.type != "SFT":
         yield refuse("method", "type", found=spec.method.type, allowed="SFT only")
     yield from formats.problems(spec)

@@ -117,6 +117,35 @@ def test_zero_publishes_what_it_learned(name: str, strategy: str, s3: S3, model:
     assert published_loss(gang, tmp_path / "out", model) == pytest.approx(final["evalLoss"], abs=1e-4)
 
 
+@pytest.mark.parametrize(("name", "strategy"), [("DoRA", "DDP"), ("IA3", "DDP"), ("PrefixTuning", "ZeRO2")])
+def test_an_earlier_adapter_is_where_training_starts(
+    name: str, strategy: str, s3: S3, model: Path, tmp_path: Path
+) -> None:
+    prefix = f"earlier-{name}".lower()
+    first = run(tmp_path / "1", s3, model, name, prefix, workers=1, micro_batch=16)
+    earlier = first.published(tmp_path / "adapter")
+    learned = Manifest.model_validate_json((earlier / "manifest.json").read_bytes())
+    assert learned.run
+    base = {"uri": "s3://bucket/models/tiny/", "adapterUri": f"{first.config.output_uri}attempt-0/"}
+    second = make_gang(
+        tmp_path / "2",
+        s3,
+        model,
+        bucket_prefix=f"{prefix}-2",
+        strategy=strategy,
+        micro_batch=8,
+        tuning=TUNINGS[name],
+        baseModel=base,
+    )
+    for rank in range(2):
+        second.work(rank).root.mkdir(parents=True)
+        second.work(rank).adapter.symlink_to(earlier)
+    result = second.run().result
+    assert result
+    assert result.metrics["evalLossBefore"] == pytest.approx(learned.run.metrics["evalLoss"], abs=1e-5)
+    assert result.metrics["evalLoss"] < learned.run.metrics["evalLoss"]
+
+
 @pytest.mark.parametrize(
     ("name", "strategy"), [("DoRA-PiSSA-rs", "DDP"), ("QLoRA", "DDP"), ("IA3", "DDP"), ("rsLoRA", "ZeRO3")]
 )

@@ -96,6 +96,11 @@ def test_what_is_not_built_yet_is_refused_with_its_field(changes: dict[str, Any]
             "it changes the base weights",
         ),
         (
+            {"tuning": {"type": "Full"}, "baseModel": {"uri": "s3://models/b/", "adapterUri": "s3://models/a/"}},
+            "spec.baseModel.adapterUri",
+            "publish the adapter merged",
+        ),
+        (
             {"tuning": {"type": "Full"}, "output": {"uri": "s3://out-bucket/", "merged": True}},
             "spec.output.merged",
             "a whole model is published in any case",

@@ -37,15 +37,16 @@ def model_card(config: RunConfig, index: PreparedData, run: RunInfo, history: Hi
         if tuning.is_adapter
         else f"`{run.base_model_uri}`, trained ({tuning.type})"
     )
+    before = "Earlier adapter" if config.spec.base_model.adapter_uri else "Base model"
     parts = [
         _front_matter(config),
         f"# {config.job}\n\n{what} by supervised fine-tuning.",
-        "## Results\n\n" + _results(run.metrics, "With this adapter" if tuning.is_adapter else "This model"),
+        "## Results\n\n" + _results(run.metrics, before, "With this adapter" if tuning.is_adapter else "This model"),
         "## Use\n\n" + (_use(run.base_model_uri, config.spec.output.merged) if tuning.is_adapter else USE_MODEL),
         "## Data\n\n" + _data(config, index, run),
         "## Training\n\n" + _training(config, seconds, history),
         "## Loss\n\n" + _loss(history),
-        "## Provenance\n\n" + _provenance(run),
+        "## Provenance\n\n" + _provenance(config, run),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -66,7 +67,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _results(metrics: dict[str, float], after: str) -> str:
+def _results(metrics: dict[str, float], before: str, after: str) -> str:
     pairs = (("Validation loss", "evalLoss"), ("Validation perplexity", "perplexity"))
     rows = [
         [title, f"{metrics[f'{name}Before']:.4f}", f"{metrics[name]:.4f}"]
@@ -75,7 +76,7 @@ def _results(metrics: dict[str, float], after: str) -> str:
     ]
     if not rows:
         return "No validation data was given, so nothing was evaluated."
-    return _table(["", "Base model", after], rows)
+    return _table(["", before, after], rows)
 
 
 USE_MODEL = (
@@ -184,12 +185,14 @@ def _loss(history: History) -> str:
     return (f"`{line}`\n\n" if line else "") + _table(["Step", "Training loss"], rows)
 
 
-def _provenance(run: RunInfo) -> str:
+def _provenance(config: RunConfig, run: RunInfo) -> str:
     rows = [
         ["Job", f"{run.namespace}/{run.job}, attempt {run.attempt} (`{run.attempt_uid}`)"],
         ["Spec SHA-256", f"`{run.spec_sha256}`"],
         ["Base model SHA-256", f"`{run.base_model_sha256}`"],
     ]
+    if config.spec.base_model.adapter_uri:
+        rows.append(["Started from", f"`{config.spec.base_model.adapter_uri}`"])
     if run.image:
         rows.append(["Image", f"`{run.image}`"])
     return _table(["", ""], rows)

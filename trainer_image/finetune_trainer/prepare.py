@@ -16,6 +16,7 @@ from typing import Any
 from finetune_api.failures import EXIT_CODES, FineTuneError, Reason, TerminationMessage
 from finetune_api.run import PreparedData, PreparedSummary, RunConfig, Shard, Split
 from finetune_trainer import log
+from finetune_trainer.data.adapter import inspect_adapter
 from finetune_trainer.data.basemodel import BaseModel, digest, inspect
 from finetune_trainer.data.pipeline import Pipeline
 from finetune_trainer.data.report import DatasetReport, worst
@@ -59,6 +60,7 @@ def prepare(config: RunConfig) -> TerminationMessage:
         log.event("base model inspected", architecture=model.shape.architecture, parameters=model.shape.parameters)
         if config.spec.training.max_length > model.shape.max_positions:
             log.event("maxLength exceeds the model's positions", level="warning", positions=model.shape.max_positions)
+        adapter = inspect_adapter(store, config.spec, model)
         found = sources(store, config.spec)
         pipeline = Pipeline(
             store, config.spec, model, folder, lambda path, key: store.upload(path, join(data_uri, key))
@@ -69,7 +71,7 @@ def prepare(config: RunConfig) -> TerminationMessage:
         _check_enough(config, pipeline)
         classes = pipeline.classes()
         store.put_bytes(join(data_uri, "data-report.json"), _report(config, model, pipeline.reports))
-        index = _index(config, model, found, pipeline, classes)
+        index = _index(config, model, found, pipeline, classes).model_copy(update={"adapter": adapter})
         data = index.model_dump_json(by_alias=True, exclude_none=True).encode()
         store.put_bytes(join(data_uri, "index.json"), data)
     summary = _summary(data_uri, index, hashlib.sha256(data).hexdigest())

@@ -81,7 +81,7 @@ def _earlier(store: Store, directory: Path, paths: list[Path], uri: str) -> Publ
         data = store.get_bytes(join(uri, MANIFEST_KEY), MANIFEST_LIMIT)
     except ObjectMissing:
         return None
-    manifest = _parse(data, join(uri, MANIFEST_KEY))
+    manifest = parse_manifest(data, join(uri, MANIFEST_KEY))
     here = {path.relative_to(directory).as_posix(): sha256_of(path) for path in paths}
     if {entry.key: entry.sha256 for entry in manifest.files} != here:
         raise AlreadyExists(Reason.STORAGE_DENIED, f"cannot publish to {uri}: other files are published there already")
@@ -108,10 +108,11 @@ def read_manifest(store: Store, manifest_uri: str, sha256: str | None = None) ->
     data = store.get_bytes(manifest_uri, MANIFEST_LIMIT)
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         raise FineTuneError(Reason.DATA_INVALID, f"{manifest_uri} is not the manifest with SHA-256 {sha256}")
-    return _parse(data, manifest_uri)
+    return parse_manifest(data, manifest_uri)
 
 
-def _parse(data: bytes, manifest_uri: str) -> Manifest:
+def parse_manifest(data: bytes, manifest_uri: str) -> Manifest:
+    """Raises DataInvalid, also where a key would lead out of the manifest's prefix."""
     try:
         manifest = Manifest.model_validate_json(data)
     except ValidationError as error:

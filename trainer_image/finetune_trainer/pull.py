@@ -8,9 +8,11 @@ import shutil
 import sys
 
 from finetune_api.failures import FineTuneError, Reason
+from finetune_api.manifest import MANIFEST_KEY
 from finetune_api.run import PreparedData, PreparedSummary, RunConfig
 from finetune_trainer import log
 from finetune_trainer.outcome import guarded
+from finetune_trainer.publish import MANIFEST_LIMIT, parse_manifest
 from finetune_trainer.runconfig import read_config
 from finetune_trainer.storage import Store, Wanted, join
 from finetune_trainer.storage_errors import ObjectChanged, ObjectMissing
@@ -33,6 +35,15 @@ def model_files(config: RunConfig, index: PreparedData, work: WorkDir) -> list[W
     return [Wanted(pinned, work.model / pinned.uri.removeprefix(prefix)) for pinned in index.base_model]
 
 
+def adapter_files(store: Store, index: PreparedData, work: WorkDir) -> list[Wanted]:
+    """The earlier adapter's files, each with its hash where there is a manifest to say it."""
+    pins = {pinned.uri.rpartition("/")[2]: pinned for pinned in index.adapter}
+    manifest = pins.pop(MANIFEST_KEY, None)
+    files = parse_manifest(store.get_bytes(manifest, MANIFEST_LIMIT), manifest.uri).files if manifest else []
+    known = {entry.key: entry.sha256 for entry in files}
+    return [Wanted(pinned, work.adapter / name, known.get(name)) for name, pinned in pins.items()]
+
+
 def shard_files(store: Store, index_uri: str, index: PreparedData, work: WorkDir) -> list[Wanted]:
     """Pinned as they are now: it is their hash that says whether they are what `prepare` wrote."""
     prefix = index_uri.rpartition("/")[0]
@@ -51,8 +62,9 @@ def pull(config: RunConfig, work: WorkDir) -> None:
         data = read_index(store, prepared)
         index = PreparedData.model_validate_json(data)
         model = model_files(config, index, work)
+        adapter = adapter_files(store, index, work)
         shards = shard_files(store, prepared.index_uri, index, work)
-        total = sum(wanted.pinned.size for wanted in model + shards)
+        total = sum(wanted.pinned.size for wanted in model + adapter + shards)
         work.root.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(work.root).free
         if total > free:
@@ -65,6 +77,10 @@ def pull(config: RunConfig, work: WorkDir) -> None:
             store.download_many(model, progress.add)
         except (ObjectChanged, ObjectMissing) as error:
             raise FineTuneError(Reason.MODEL_INVALID, f"baseModel: {error}") from error
+        try:
+            store.download_many(adapter, progress.add)
+        except (ObjectChanged, ObjectMissing) as error:
+            raise FineTuneError(Reason.MODEL_INVALID, f"spec.baseModel.adapterUri: {error}") from error
         store.download_many(shards, progress.add)
         progress.close()
         work.data.mkdir(exist_ok=True)

@@ -65,6 +65,7 @@ def train(config: RunConfig, work: WorkDir, signals: Signals, reporter: Reporter
         spec.training.seed,
         sizing.gradient_checkpointing,
         masters=sizing.strategy == "DDP",
+        earlier=work.adapter if spec.base_model.adapter_uri else None,
     )
     initial = tuning.initial_of(tuned, spec.tuning)
 

@@ -1,10 +1,13 @@
 """What of the model is trained: an adapter of peft's beside frozen weights, or weights of the model itself."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft.utils import set_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers.trainer_utils import set_seed
 
 from finetune_api.failures import FineTuneError, Reason
@@ -40,12 +43,18 @@ def peft_config(tuning: Tuning, base_model_uri: str) -> PeftConfig:
 
 
 def tune(
-    model: Any, tuning: Tuning, base_model_uri: str, seed: int, gradient_checkpointing: bool, masters: bool
+    model: Any,
+    tuning: Tuning,
+    base_model_uri: str,
+    seed: int,
+    gradient_checkpointing: bool,
+    masters: bool,
+    earlier: Path | None = None,
 ) -> Any:
     """The model with an adapter or weights of its own to train and the rest frozen; the same on every rank.
 
-    `masters`: weights that are trained become float32 here, where no DeepSpeed keeps copies in float32. Raises
-    InvalidSpec.
+    `masters`: weights that are trained become float32 here, where no DeepSpeed keeps copies in float32. `earlier`: the
+    folder of an adapter to start from. Raises InvalidSpec, and ModelInvalid where the earlier adapter does not fit.
     """
     set_seed(seed)
     model.config.use_cache = False
@@ -65,9 +74,25 @@ def tune(
         raise FineTuneError(Reason.INVALID_SPEC, f"spec.tuning.{field}.targetModules: {error}") from error
     # peft writes the model's own path over what it was given, and a mounted path would leak into what is published.
     peft.peft_config["default"].base_model_name_or_path = base_model_uri
+    if earlier:
+        _start_from(peft, earlier)
     if tuning.type == "PromptTuning":
         peft.register_forward_hook(_without_virtual_tokens, with_kwargs=True)
     return peft
+
+
+def _start_from(peft: Any, directory: Path) -> None:
+    try:
+        result = set_peft_model_state_dict(peft, load_file(directory / "adapter_model.safetensors"))
+    except (RuntimeError, KeyError) as error:
+        raise FineTuneError(
+            Reason.MODEL_INVALID, f"spec.baseModel.adapterUri: it does not fit: {str(error).splitlines()[0]}"
+        ) from error
+    # peft loads a prompt apart from the rest, and counts it as unexpected there.
+    if strange := sorted({*result.unexpected_keys} - {"prompt_embeddings"}):
+        raise FineTuneError(
+            Reason.MODEL_INVALID, f"spec.baseModel.adapterUri: it has {strange[0]}, which is not trained"
+        )
 
 
 def _last(model: Any, count: int) -> list[torch.nn.Module]:

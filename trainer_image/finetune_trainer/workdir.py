@@ -1,6 +1,7 @@
 """Where things lie below $FINETUNE_WORK_DIR: the one place that the launcher and the ranks agree on.
 
 model/                    the base model, as pulled (config.json, *.safetensors, tokenizer files)
+adapter/                  the earlier adapter, where the job starts from one
 data/index.json           finetune_api.run.PreparedData
 data/<Shard.key>          every shard under its key
 checkpoints/step-…/       checkpoints, being written or being resumed
@@ -24,6 +25,10 @@ class WorkDir:
     @property
     def model(self) -> Path:
         return self.root / "model"
+
+    @property
+    def adapter(self) -> Path:
+        return self.root / "adapter"
 
     @property
     def data(self) -> Path:

@@ -11,7 +11,15 @@ from finetune_api.failures import FineTuneError, Reason
 from finetune_api.job import FineTuneJobSpec
 from finetune_api.run import PinnedObject
 from finetune_api.sizing import ModelShape
-from finetune_trainer.data.modelshape import Tensor, invalid, model_shape, number, parse_config, parse_header
+from finetune_trainer.data.modelshape import (
+    Tensor,
+    invalid,
+    linear_modules,
+    model_shape,
+    number,
+    parse_config,
+    parse_header,
+)
 from finetune_trainer.data.templates import DEFAULT_CHAT_TEMPLATE, BadTemplate, ChatTemplate
 from finetune_trainer.data.tokenise import Encoder
 from finetune_trainer.storage import Store
@@ -42,6 +50,8 @@ class BaseModel(NamedTuple):
     encoder: Encoder
     chat: ChatTemplate
     has_chat_template: bool
+    linears: Mapping[str, Tensor]
+    """Shapes of the linear layers but the head, by module."""
 
 
 def digest(pins: list[PinnedObject], prefix: str) -> str:
@@ -115,9 +125,10 @@ def _inspect(
     tensors: dict[str, Tensor] = {}
     for name in weights:
         if name.endswith(".safetensors"):
-            tensors |= _header(store, files[name])
+            tensors |= header_of(store, files[name])
     _check_embedding(tensors, config, prefix)
     shape = model_shape(config, tensors, spec.tuning, prefix)
+    linears = linear_modules(tensors)
     special = _special_tokens(store, files)
     source = _chat_source(store, files)
     eos = _eos_id(tokenizer, special, config, tokenizer_uri)
@@ -129,7 +140,7 @@ def _inspect(
     except BadTemplate as error:
         raise invalid(f"{prefix}: the chat template cannot be compiled: {error}") from error
     pins = list(files.values())
-    return BaseModel(pins, digest(pins, prefix), shape, Encoder(tokenizer, eos, bos), chat, source is not None)
+    return BaseModel(pins, digest(pins, prefix), shape, Encoder(tokenizer, eos, bos), chat, source is not None, linears)
 
 
 def _check_embedding(tensors: Mapping[str, Tensor], config: Mapping[str, Any], prefix: str) -> None:
@@ -143,7 +154,8 @@ def _check_embedding(tensors: Mapping[str, Tensor], config: Mapping[str, Any], p
             )
 
 
-def _header(store: Store, pinned: PinnedObject) -> dict[str, Tensor]:
+def header_of(store: Store, pinned: PinnedObject) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, from its header alone. Raises ModelInvalid."""
     length = int.from_bytes(store.get_range(pinned, 0, 8), "little") if pinned.size >= 8 else 0
     if not 2 <= length <= min(HEADER, pinned.size - 8):
         raise invalid(f"{pinned.uri} is not a safetensors file: its header would have {length:,} bytes")

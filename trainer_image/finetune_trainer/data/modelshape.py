@@ -130,6 +130,12 @@ def targeted(linears: Mapping[str, Tensor], tuning: Tuning) -> dict[str, Tensor]
     return chosen
 
 
+def features(linear: Tensor, architecture: str) -> tuple[int, int]:
+    """(inputs, outputs) of a linear layer; GPT-2 keeps its weights the other way round."""
+    first, second = linear.shape
+    return (first, second) if architecture == "GPT2LMHeadModel" else (second, first)
+
+
 def model_shape(config: Mapping[str, Any], tensors: Mapping[str, Tensor], tuning: Tuning, uri: str) -> ModelShape:
     """Raises ModelInvalid, or InvalidSpec for a target that does not exist."""
     linears = linear_modules(tensors)
@@ -155,7 +161,7 @@ def model_shape(config: Mapping[str, Any], tensors: Mapping[str, Tensor], tuning
         vocab_size=vocab,
         linear_parameters=sum(tensor.size for tensor in linears.values()),
         target_features=sum(sum(tensor.shape) for tensor in chosen),
-        target_outputs=sum(tensor.shape[0] for tensor in chosen),
+        target_outputs=sum(features(tensor, config["architectures"][0])[1] for tensor in chosen),
         block_parameters=sum(count for name, count in by_layer.items() if name not in tensors) // layers,
         key_value_size=_key_value_size(config, hidden, uri),
         largest_layer_parameters=max(by_layer.values()),
