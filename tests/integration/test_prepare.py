@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from finetune_api.failures import TerminationMessage
+from finetune_api.failures import FineTuneError, TerminationMessage
 from finetune_api.run import PreparedData, RunConfig
 from finetune_api.support import unsupported
 from finetune_trainer import shards
@@ -329,3 +329,26 @@ def test_passages_are_placed_and_a_share_is_dropped_from_training_rows(s3: S3) -
     without = [text for text in train if not text.startswith("[1] p")]
     assert 0.2 < len(without) / len(train) < 0.8
     assert all(text.startswith("q") and text.endswith(" none") for text in without)
+
+
+def test_a_test_split_is_apart_from_the_others(s3: S3) -> None:
+    s3.put("s3://bucket/data/pairs.jsonl", jsonl(PAIRS))
+    summary = prepare(configured(s3, validation={"fraction": 0.25}, test={"fraction": 0.25})).prepared
+    assert summary
+    splits = [{tuple(ids) for ids, _ in examples(s3, split)} for split in ("train", "validation", "test")]
+    counts = [summary.train_examples, summary.validation_examples, summary.test_examples]
+    assert counts == [len(split) for split in splits]
+    assert all(counts)
+    assert len(set.union(*splits)) == sum(counts) == 40
+
+
+def test_validation_and_test_data_must_not_share_rows(s3: S3) -> None:
+    s3.put("s3://bucket/data/pairs.jsonl", jsonl(PAIRS[:10]))
+    held = {}
+    for name, rows in (("validation", PAIRS[10:14]), ("test", PAIRS[13:17])):
+        s3.put(f"s3://bucket/data/{name}.jsonl", jsonl(rows))
+        held[name] = {"datasets": [{"name": name, "uri": f"s3://bucket/data/{name}.jsonl"}]}
+    with pytest.raises(FineTuneError, match=r"spec.test.datasets\[0\]: .* line 1 is in the validation data too"):
+        prepare(configured(s3, **held))
+    prepare(configured(s3, **held, dataPolicy={"leakage": "Drop"}))
+    assert [len(examples(s3, split)) for split in ("train", "validation", "test")] == [10, 4, 3]

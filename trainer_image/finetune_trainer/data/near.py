@@ -71,6 +71,8 @@ class NearTexts:
 
     def find(self, text: Sketch) -> Match | None:
         """The most similar of the remembered texts, where it is similar enough."""
+        if not self._count:
+            return None
         found = np.unique(self._table[np.arange(_BANDS), self._slots(text.signature[None])[0]])
         found = found[found >= 0]
         found = found[self._answers[found] == text.answer]
