@@ -7,6 +7,7 @@ Times are seconds of the monotonic clock, which all processes of a machine share
 import argparse
 import asyncio
 import datetime
+import gc
 import json
 import sys
 import time
@@ -244,6 +245,7 @@ def _writes(raw: Mapping[str, Any], observed: Observed, context: Context) -> tup
 async def bare(kubeconfig: Path, workers: int) -> None:
     """The same writes without an operator: for each line {"name", "uid"} of the input, one after the other, through
     the operator's client, for as many jobs at a time as the operator has workers."""
+    gc.freeze()  # as the operator does
     writes = template(Context(progress_url="https://127.0.0.1:8443", ca="x" * 700, version="bench"))
     jobs: asyncio.Queue[Object] = asyncio.Queue()
     async with kube_cluster(kubeconfig) as cluster:

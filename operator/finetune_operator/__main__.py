@@ -1,6 +1,7 @@
 """`python -m finetune_operator`: the controller's process."""
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -93,6 +94,8 @@ def main() -> None:
         raise SystemExit(text) from None
     configure_logging(settings)
     warnings.filterwarnings("ignore", category=FutureWarning, module="kopf")
+    # What was imported stays: the collector need not go through it again and again.
+    gc.freeze()
     try:
         asyncio.run(operate(settings))
     except asyncio.CancelledError:
