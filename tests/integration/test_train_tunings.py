@@ -83,7 +83,9 @@ def loss_of(loaded: Any, gang: Gang) -> float:
 @pytest.mark.parametrize("name", TUNINGS)
 def test_one_worker_and_two_learn_the_same_and_publish_it(name: str, s3: S3, model: Path, tmp_path: Path) -> None:
     prefix = name.lower()
-    one = run(tmp_path / "1", s3, model, name, f"{prefix}-1", workers=1, micro_batch=8)
+    merged = TUNINGS[name]["type"] in ("LoRA", "DoRA", "QLoRA", "IA3")
+    output = {"uri": f"s3://bucket/{prefix}-1/", "merged": merged}
+    one = run(tmp_path / "1", s3, model, name, f"{prefix}-1", workers=1, micro_batch=8, output=output)
     two = run(tmp_path / "2", s3, model, name, f"{prefix}-2", micro_batch=8)
     assert two.losses() == pytest.approx(one.losses(), abs=1e-4)
     for gang, directory in ((one, tmp_path / "a"), (two, tmp_path / "b")):
@@ -94,8 +96,10 @@ def test_one_worker_and_two_learn_the_same_and_publish_it(name: str, s3: S3, mod
         assert metrics["evalLoss"] < metrics["evalLossBefore"]
         assert loss == pytest.approx(metrics["evalLoss"], abs=1e-4)
         assert manifest.kind == ("Adapter" if gang.config.spec.tuning.is_adapter else "Model")
-        for path in directory.iterdir():
+        for path in directory.glob("*.*"):
             assert str(tmp_path).encode() not in path.read_bytes(), f"{path.name} names a folder of the pod"
+    if merged:
+        assert_merged(one, tmp_path / "a")
 
 
 @pytest.mark.parametrize(
@@ -146,16 +150,16 @@ def test_an_earlier_adapter_is_where_training_starts(
     assert result.metrics["evalLoss"] < learned.run.metrics["evalLoss"]
 
 
-@pytest.mark.parametrize(
-    ("name", "strategy"), [("DoRA-PiSSA-rs", "DDP"), ("QLoRA", "DDP"), ("IA3", "DDP"), ("rsLoRA", "ZeRO3")]
-)
-def test_a_merged_model_needs_no_peft(name: str, strategy: str, s3: S3, model: Path, tmp_path: Path) -> None:
+def test_zero_3_merges_too(s3: S3, model: Path, tmp_path: Path) -> None:
+    output = {"uri": "s3://bucket/merged-3/", "merged": True}
+    gang = run(tmp_path / "g", s3, model, "rsLoRA", "merged-3", strategy="ZeRO3", micro_batch=8, output=output)
+    assert_merged(gang, gang.published(tmp_path / "out"))
+
+
+def assert_merged(gang: Gang, directory: Path) -> None:
+    """The merged model needs no peft."""
     from transformers import AutoModelForCausalLM
 
-    prefix = f"merged-{name}".lower()
-    changes = {"strategy": strategy, "micro_batch": 8, "output": {"uri": f"s3://bucket/{prefix}/", "merged": True}}
-    gang = run(tmp_path / "g", s3, model, name, prefix, workers=2 if strategy == "ZeRO3" else 1, **changes)
-    directory = gang.published(tmp_path / "out")
     manifest = Manifest.model_validate_json((directory / "manifest.json").read_bytes())
     assert {"merged/model.safetensors", "merged/config.json", "merged/tokenizer.json"} <= {
         entry.key for entry in manifest.files
@@ -163,7 +167,7 @@ def test_a_merged_model_needs_no_peft(name: str, strategy: str, s3: S3, model: P
     assert manifest.run
     loss = loss_of(AutoModelForCausalLM.from_pretrained(directory / "merged"), gang)
     assert loss == pytest.approx(manifest.run.metrics["evalLoss"], abs=1e-4)
-    assert str(tmp_path).encode() not in (directory / "merged" / "config.json").read_bytes()
+    assert str(gang.directory).encode() not in (directory / "merged" / "config.json").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -173,9 +177,9 @@ def test_what_is_resumed_ends_where_the_uninterrupted_ends(
     name: str, first: str, second: str, s3: S3, model: Path, tmp_path: Path
 ) -> None:
     prefix = f"resume-{name}".lower()
-    whole = run(tmp_path / "whole", s3, model, name, f"{prefix}-whole", workers=1, micro_batch=16)
     every_four = {"checkpoint": {"interval": {"type": "Steps", "steps": 4}}, "micro_batch": 8}
     gang = run(tmp_path / "0", s3, model, name, prefix, strategy=first, **every_four)
+    uninterrupted = gang.losses()
     # As if it had ended after the fourth step.
     assert gang.checkpoints() == [4, 8]
     bucket, _, prefix_8 = f"{gang.config.scratch_uri}checkpoints/step-00000008/".removeprefix("s3://").partition("/")
@@ -193,7 +197,7 @@ def test_what_is_resumed_ends_where_the_uninterrupted_ends(
     after.attempt_uid = "attempt-1"
     message = after.run()
     assert message.resumed_from_step == 4
-    assert after.losses() == pytest.approx(whole.losses(), abs=1e-4)
+    assert after.losses() == pytest.approx(uninterrupted, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", TUNINGS)
