@@ -88,6 +88,8 @@ class Request(ApiModel):
     dtype: Literal["Auto", "BFloat16", "Float16", "Float32"] = "Auto"
     sequence_length: Annotated[int, Field(ge=1)]
     """Tokens of the longest row that a rank sees."""
+    sequences: Annotated[int, Field(ge=1)] = 1
+    """Rows of one example: two where a pair goes through the model together."""
     global_batch_size: Annotated[int, Field(ge=1)]
     micro_batch_size: Count = 0
     world_size: Annotated[int, Field(ge=1)]
@@ -161,7 +163,7 @@ def _states(shape: ModelShape, request: Request, device: Device, strategy: Strat
 def _activations(shape: ModelShape, request: Request, device: Device, micro: int, checkpointing: bool) -> float:
     """Activations and logits; the figures of facts are for two-byte values."""
     scale = _weight_bytes(request, device) / 2
-    tokens = (request.sequence_length + request.tuning.virtual_tokens) * micro
+    tokens = (request.sequence_length + request.tuning.virtual_tokens) * request.sequences * micro
     block = 34 * tokens * shape.hidden_size * scale
     inner = 2 * tokens * shape.hidden_size * shape.layers * scale + block if checkpointing else block * shape.layers
     return inner + 10 * tokens * shape.vocab_size

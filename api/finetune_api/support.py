@@ -7,7 +7,8 @@ from finetune_api.job import FineTuneJobSpec
 from finetune_api.model import Problem
 from finetune_api.profile import FineTuneProfileSpec
 
-FORMATS = ("Auto", *formats.SEQUENCES)
+METHODS = ("SFT", "DPO", "KTO", "ORPO", "Reward")
+FORMATS = ("Auto", *formats.SEQUENCES, "Preference")
 
 
 def unsupported(spec: FineTuneJobSpec) -> list[Problem]:
@@ -21,8 +22,8 @@ def _unsupported(spec: FineTuneJobSpec) -> Iterator[Problem]:
 
     if not spec.base_model.uri.startswith("s3://"):
         yield refuse("baseModel", "uri", found=spec.base_model.uri, allowed="s3:// only")
-    if spec.method.type != "SFT":
-        yield refuse("method", "type", found=spec.method.type, allowed="SFT only")
+    if spec.method.type not in METHODS:
+        yield refuse("method", "type", found=spec.method.type, allowed=", ".join(METHODS))
     yield from formats.problems(spec)
     yield from combinations.problems(spec)
     held_out = spec.validation.datasets if spec.validation and spec.validation.datasets else []

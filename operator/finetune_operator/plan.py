@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from finetune_api.failures import Reason
+from finetune_api.formats import kind_of
 from finetune_api.job import FineTuneJob
 from finetune_api.jobstatus import Attempt, DataStatus, FineTuneJobStatus, ResultStatus, State
 from finetune_api.model import quantity
@@ -262,6 +263,7 @@ def sized(job: FineTuneJob, profile: FineTuneProfile, prepared: PreparedSummary)
         tuning=spec.tuning,
         dtype=spec.base_model.dtype,
         sequence_length=longest,
+        sequences=2 if kind_of(spec.method.type, spec.datasets) == "Pairs" else 1,
         global_batch_size=spec.training.global_batch_size,
         micro_batch_size=spec.training.micro_batch_size,
         world_size=manifests.devices(spec, profile.spec).world_size,

@@ -22,7 +22,11 @@ def test_an_example_has_no_findings(file: Path) -> None:
 
 @pytest.mark.parametrize(
     ("job", "profile"),
-    [("sft-lora", "profile-laptop"), ("sft-instruction-two-datasets", "profile-a100-8x")],
+    [
+        ("sft-lora", "profile-laptop"),
+        ("dpo-lora", "profile-laptop"),
+        ("sft-instruction-two-datasets", "profile-a100-8x"),
+    ],
 )
 def test_a_job_fits_its_profile(job: str, profile: str) -> None:
     (document,) = yamldoc.load((EXAMPLES / f"{profile}.yaml").read_text())

@@ -170,7 +170,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         "DoesNotFit",
         "training.globalBatchSize",
     ),
-    "unsupported": ({"method": {"type": "DPO"}}, "InvalidSpec", "spec.method.type"),
+    "unsupported": ({"method": {"type": "PPO"}}, "InvalidSpec", "spec.method.type"),
     "no-profile": ({"profile": "absent"}, "ProfileNotFound", "absent"),
 }
 

@@ -101,9 +101,9 @@ async def test_prepare_is_tried_again_for_a_store_that_is_away_and_not_for_bad_d
 
 
 async def test_what_is_not_built_yet_fails_with_its_field_and_no_pod(live: Scene) -> None:
-    await live.submit(method={"type": "DPO"})
+    await live.submit(method={"type": "PPO"})
     status = await live.reaches("Failed")
-    assert status["message"] == "spec.method.type: found 'DPO'; this version supports SFT only"
+    assert status["message"] == "spec.method.type: found 'PPO'; this version supports SFT, DPO, KTO, ORPO, Reward"
     assert await live.jobs() == []
     assert len(live.proxy.writes) == 1
 

@@ -60,7 +60,7 @@ def test_names_that_would_not_fit_their_children_are_refused(name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "path"),
     [
-        ({"method": {"type": "DPO"}}, "spec.method.type"),
+        ({"method": {"type": "PPO"}}, "spec.method.type"),
         ({"stages": [{"name": "a"}]}, "spec.stages"),
         ({"baseModel": {"uri": "hf://org/name"}}, "spec.baseModel.uri"),
         ({"tracking": {"tensorboard": True}}, "spec.tracking"),
@@ -99,6 +99,31 @@ def test_what_is_not_built_yet_is_refused_with_its_field(changes: dict[str, Any]
             {"tuning": {"type": "Full"}, "baseModel": {"uri": "s3://models/b/", "adapterUri": "s3://models/a/"}},
             "spec.baseModel.adapterUri",
             "publish the adapter merged",
+        ),
+        (
+            {"method": {"type": "DPO"}, "baseModel": {"uri": "s3://models/b/", "adapterUri": "s3://models/a/"}},
+            "spec.baseModel.adapterUri",
+            "publish the adapter merged",
+        ),
+        (
+            {"method": {"type": "DPO"}, "tuning": {"type": "Full"}},
+            "spec.tuning.type",
+            "which it finds by switching the adapter off: LoRA, QLoRA",
+        ),
+        (
+            {"method": {"type": "KTO"}, "tuning": {"type": "LoRA", "lora": {"initialization": "PiSSA"}}},
+            "spec.tuning.lora.initialization",
+            "KTO compares with the model as it was",
+        ),
+        (
+            {"method": {"type": "Reward"}, "tuning": {"type": "PrefixTuning"}},
+            "spec.tuning.type",
+            "the head of a reward model is published with an adapter: LoRA, QLoRA, DoRA, IA3",
+        ),
+        (
+            {"method": {"type": "KTO"}, "training": {"globalBatchSize": 1}},
+            "spec.training.globalBatchSize",
+            "at least 2",
         ),
         (
             {"tuning": {"type": "Full"}, "output": {"uri": "s3://out-bucket/", "merged": True}},

@@ -18,6 +18,9 @@ from finetune_trainer.distributed import Ranks
 from finetune_trainer.report import Reporter
 from finetune_trainer.state import SavedState
 
+FIGURES = ("loss", "learning_rate", "grad_norm", "reward_margin", "preference_accuracy")
+"""What the Trainer logs at a step that is kept and reported."""
+
 
 class Signals:
     """SIGTERM and SIGINT end the program at once or, while `deferred`, at the end of the step."""
@@ -145,7 +148,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
                 f"training.learningRate (now {args.learning_rate:g}) or a longer warm-up may help",
             )
         entry = {"step": float(state.global_step)}
-        entry |= {name: float(logs[name]) for name in ("loss", "learning_rate", "grad_norm") if name in logs}
+        entry |= {name: float(logs[name]) for name in FIGURES if name in logs}
         entry["tokens_per_second"] = self._journal.tokens_per_second()
         self._journal.history.append(entry)
         if self._ranks.is_main:
@@ -153,6 +156,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
 
     def _show(self, entry: dict[str, float], state: TrainerState) -> None:
         remaining = self._journal.remaining_seconds(state.max_steps)
+        further: dict[str, Any] = {name: round(entry[name], 4) for name in FIGURES[3:] if name in entry}
         log.event(
             "step",
             step=state.global_step,
@@ -163,6 +167,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             grad_norm=round(entry.get("grad_norm", 0.0), 3),
             tokens_per_second=round(entry["tokens_per_second"]),
             remaining_seconds=None if remaining is None else round(remaining),
+            **further,
         )
         metrics = self._journal.before | {name: value for name, value in entry.items() if name != "step"}
         self._reporter.progress(state.global_step, state.max_steps, metrics, remaining)

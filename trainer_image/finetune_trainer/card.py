@@ -3,12 +3,20 @@
 import json
 from collections.abc import Sequence
 
+from finetune_api.job import DPO, KTO, ORPO, SFT, Method, Reward
 from finetune_api.manifest import RunInfo
 from finetune_api.run import PreparedData, RunConfig
 from finetune_api.tuning import Freeze, LoRA, Tuning
 
 POINTS = 12
 """Rows of the loss table."""
+METHODS = {
+    "SFT": "supervised fine-tuning",
+    "DPO": "direct preference optimisation (DPO)",
+    "KTO": "Kahneman-Tversky optimisation (KTO)",
+    "ORPO": "odds-ratio preference optimisation (ORPO)",
+    "Reward": "reward modelling",
+}
 BARS = "▁▂▃▄▅▆▇█"
 History = Sequence[dict[str, float]]
 
@@ -40,9 +48,9 @@ def model_card(config: RunConfig, index: PreparedData, run: RunInfo, history: Hi
     before = "Earlier adapter" if config.spec.base_model.adapter_uri else "Base model"
     parts = [
         _front_matter(config),
-        f"# {config.job}\n\n{what} by supervised fine-tuning.",
+        f"# {config.job}\n\n{what} by {METHODS[config.spec.method.type]}.",
         "## Results\n\n" + _results(run.metrics, before, "With this adapter" if tuning.is_adapter else "This model"),
-        "## Use\n\n" + (_use(run.base_model_uri, config.spec.output.merged) if tuning.is_adapter else USE_MODEL),
+        "## Use\n\n" + (_use(config) if tuning.is_adapter else USE_MODEL),
         "## Data\n\n" + _data(config, index, run),
         "## Training\n\n" + _training(config, seconds, history),
         "## Loss\n\n" + _loss(history),
@@ -56,8 +64,8 @@ def _front_matter(config: RunConfig) -> str:
     fields = {
         "base_model": config.spec.base_model.uri,
         "library_name": "peft" if config.spec.tuning.is_adapter else "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": [config.spec.tuning.type.lower(), "sft"],
+        "pipeline_tag": "text-classification" if _scores(config) else "text-generation",
+        "tags": [config.spec.tuning.type.lower(), config.spec.method.type.lower()],
     }
     return "---\n" + "\n".join(f"{name}: {json.dumps(value)}" for name, value in fields.items()) + "\n---"
 
@@ -68,7 +76,14 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _results(metrics: dict[str, float], before: str, after: str) -> str:
-    pairs = (("Validation loss", "evalLoss"), ("Validation perplexity", "perplexity"))
+    pairs = (
+        ("Validation loss", "evalLoss"),
+        ("Validation perplexity", "perplexity"),
+        ("Reward margin", "rewardMargin"),
+        ("Preference accuracy", "preferenceAccuracy"),
+        ("Reward of chosen answers", "chosenReward"),
+        ("Reward of rejected answers", "rejectedReward"),
+    )
     rows = [
         [title, f"{metrics[f'{name}Before']:.4f}", f"{metrics[name]:.4f}"]
         for title, name in pairs
@@ -88,13 +103,16 @@ USE_MODEL = (
 )
 
 
-def _use(base_model_uri: str, merged: bool) -> str:
-    more = "\n\nThe folder `merged` is a whole model: it needs no peft and no base model." if merged else ""
+def _use(config: RunConfig) -> str:
+    kind, options = ("SequenceClassification", ", num_labels=1") if _scores(config) else ("CausalLM", "")
+    uri = config.spec.base_model.uri
+    whole = "\n\nThe folder `merged` is a whole model: it needs no peft and no base model."
+    more = whole if config.spec.output.merged else ""
     return (
         "```python\n"
         "from peft import PeftModel\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("<a copy of {base_model_uri}>")\n'
+        f"from transformers import AutoModelFor{kind}, AutoTokenizer\n\n"
+        f'model = AutoModelFor{kind}.from_pretrained("<a copy of {uri}>"{options})\n'
         'model = PeftModel.from_pretrained(model, "<this folder>")\n'
         'tokenizer = AutoTokenizer.from_pretrained("<this folder>")\n'
         f"```{more}"
@@ -129,7 +147,7 @@ def _training(config: RunConfig, seconds: float, history: History) -> str:
     training = spec.training
     steps = int(history[-1]["step"]) if history else 0
     rows = [
-        ["Method", f"{spec.method.type}, loss on {spec.method.sft.loss if spec.method.sft else 'Completion'}"],
+        ["Method", _method(spec.method)],
         [spec.tuning.type, _tuning(spec.tuning)],
         ["Steps", f"{steps:,}, {training.global_batch_size} {'packed rows' if _packed(config) else 'examples'} each"],
         ["Passes", f"{training.epochs:g}" if training.epochs else "by steps" if training.max_steps else "1"],
@@ -145,6 +163,29 @@ def _training(config: RunConfig, seconds: float, history: History) -> str:
         ["Time", f"{seconds:,.0f} s of training"],
     ]
     return _table(["", ""], rows)
+
+
+def _method(method: Method) -> str:
+    match method.type:
+        case "SFT":
+            return f"SFT, loss on {(method.sft or SFT()).loss}"
+        case "DPO":
+            dpo = method.dpo or DPO()
+            return f"DPO, {dpo.loss} loss, beta {dpo.beta:g}"
+        case "KTO":
+            kto = method.kto or KTO()
+            weights = f"weights {kto.desirable_weight:g} and {kto.undesirable_weight:g}"
+            return f"KTO, beta {kto.beta:g}, {weights} of good and bad answers"
+        case "ORPO":
+            return f"ORPO, beta {(method.orpo or ORPO()).beta:g}"
+        case "Reward":
+            return f"Reward, centring {(method.reward or Reward()).center_rewards_coefficient:g}"
+        case _:
+            return method.type
+
+
+def _scores(config: RunConfig) -> bool:
+    return config.spec.method.type == "Reward"
 
 
 def _tuning(tuning: Tuning) -> str:

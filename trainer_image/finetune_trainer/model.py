@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
 
 from finetune_api.failures import FineTuneError, Reason
 from finetune_api.job import FineTuneJobSpec
 from finetune_api.run import Devices
 from finetune_api.tuning import Tuning
 
+Task = Literal["CAUSAL_LM", "SEQ_CLS"]
+"""In peft's words: a language model, or one score for a sequence by a new head."""
 DTYPES = {"BFloat16": torch.bfloat16, "Float16": torch.float16, "Float32": torch.float32}
 
 
@@ -54,15 +56,19 @@ def load_model(
     attention: str,
     device: torch.device | None,
     quantization: BitsAndBytesConfig | None = None,
+    task: Task = "CAUSAL_LM",
 ) -> Any:
-    """A causal language model from safetensors; code that comes with a model is never run. Raises ModelInvalid.
+    """The model from safetensors; code that comes with a model is never run. Raises ModelInvalid.
 
     `device`: where each weight goes as it is read; None leaves it to DeepSpeed, which partitions as it reads.
     """
     on_gpu = device is not None and device.type == "cuda"
+    scores = task == "SEQ_CLS"
+    kind = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = kind.from_pretrained(
             path,
+            **({"num_labels": 1} if scores else {}),
             dtype=dtype,
             # Quantised weights would go to a GPU by themselves, wherever they are wanted.
             device_map={"": device} if on_gpu or (quantization and device) else None,

@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from finetune_api.tuning import Tuning
-from finetune_trainer.model import load_model, quantization_of
+from finetune_trainer.model import Task, load_model, quantization_of
 from finetune_trainer.state import Tensors
 from finetune_trainer.tuning import as_plain_lora
 
@@ -57,7 +57,7 @@ def save_model(source: Path, dtype: torch.dtype, parameters: Tensors, directory:
     _readable(directory)
 
 
-def save_merged(source: Path, tuning: Tuning, dtype: torch.dtype, adapter: Path, directory: Path) -> None:
+def save_merged(source: Path, tuning: Tuning, dtype: torch.dtype, task: Task, adapter: Path, directory: Path) -> None:
     """The base model of `source` with the saved adapter worked into its weights: a whole model, without peft.
 
     QLoRA's base weights are the quantised ones that the adapter was trained on, made whole again. In the host's memory,
@@ -65,7 +65,7 @@ def save_merged(source: Path, tuning: Tuning, dtype: torch.dtype, adapter: Path,
     """
     unset_hf_deepspeed_config()
     quantization = quantization_of(tuning, dtype)
-    model = load_model(source, dtype, "sdpa", torch.device("cpu"), quantization)
+    model = load_model(source, dtype, "sdpa", torch.device("cpu"), quantization, task)
     if quantization:
         model = model.dequantize(dtype)
     PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True).save_pretrained(directory)

@@ -12,23 +12,24 @@ import sys
 import time
 import traceback
 import warnings
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import transformers
 from transformers import TrainingArguments
+from transformers.trainer_utils import set_seed
 
 from finetune_api.failures import FineTuneError, Reason, TerminationMessage, TrainingResult
 from finetune_api.manifest import RunInfo
-from finetune_api.run import PreparedData, RunConfig
+from finetune_api.run import RunConfig
 from finetune_api.sizing import Sizing
-from finetune_trainer import arguments, card, distributed, log, model, save, shards, state, tuning
-from finetune_trainer.batches import Examples, MicroBatches, Plan, rows_of
+from finetune_trainer import arguments, card, distributed, log, model, save, state, tuning
+from finetune_trainer.batches import Plan
 from finetune_trainer.callbacks import Journal, Progress, Seeds, Signals, Steering
 from finetune_trainer.checkpoint import Checkpoints, Resumed
 from finetune_trainer.distributed import Ranks
-from finetune_trainer.evaluate import evaluate
-from finetune_trainer.methods import TRAINERS
+from finetune_trainer.feed import Data, load_data, micro_batches, packed
+from finetune_trainer.methods import make_trainer, task_of
 from finetune_trainer.outcome import failure_of, write_outcome
 from finetune_trainer.pace import Pace
 from finetune_trainer.publish import now, publish
@@ -36,13 +37,6 @@ from finetune_trainer.report import Reporter
 from finetune_trainer.runconfig import read_config
 from finetune_trainer.storage import Store
 from finetune_trainer.workdir import WorkDir
-
-
-class Data(NamedTuple):
-    prepared: PreparedData
-    train: Examples
-    validation: Examples
-    plan: Plan
 
 
 def train(config: RunConfig, work: WorkDir, signals: Signals, reporter: Reporter, end: "End") -> None:
@@ -57,7 +51,10 @@ def train(config: RunConfig, work: WorkDir, signals: Signals, reporter: Reporter
     args = make_arguments(config, work, data.plan, dtype)
     place = ranks.device if sizing.strategy != "ZeRO3" else None
     attention = model.attention_of(dtype, config.devices)
-    base = model.load_model(work.model, dtype, attention, place, model.quantization_of(spec.tuning, dtype))
+    task = task_of(spec.method)
+    # A head that the base model lacks is made of random numbers.
+    set_seed(spec.training.seed)
+    base = model.load_model(work.model, dtype, attention, place, model.quantization_of(spec.tuning, dtype), task)
     tuned = tuning.tune(
         base,
         spec.tuning,
@@ -66,6 +63,7 @@ def train(config: RunConfig, work: WorkDir, signals: Signals, reporter: Reporter
         sizing.gradient_checkpointing,
         masters=sizing.strategy == "DDP",
         earlier=work.adapter if spec.base_model.adapter_uri else None,
+        task=task,
     )
     initial = tuning.initial_of(tuned, spec.tuning)
 
@@ -73,7 +71,8 @@ def train(config: RunConfig, work: WorkDir, signals: Signals, reporter: Reporter
     checkpoints.on_uploaded = reporter.checkpoint
     resumed = checkpoints.newest()
     end.journal = journal = Journal(resumed.saved if resumed else None)
-    trainer = TRAINERS[spec.method.type](tuned, args, micro_batches(config, data, ranks, attention))
+    batches = micro_batches(data, config, ranks, sizing.micro_batch_size, flat=attention == "flash_attention_2")
+    trainer = make_trainer(spec.method, tuned, args, batches)
     steering = steer(trainer, config, data, ranks, signals, reporter, checkpoints, journal, resumed)
 
     trainer.train()
@@ -95,7 +94,7 @@ def train(config: RunConfig, work: WorkDir, signals: Signals, reporter: Reporter
             save.save_adapter(tuned, parameters, initial, work.output)
             if spec.output.merged:
                 merged = work.output / "merged"
-                save.save_merged(work.model, spec.tuning, dtype, work.output, merged)
+                save.save_merged(work.model, spec.tuning, dtype, task, work.output, merged)
                 save.copy_tokenizer(work.model, merged)
         else:
             save.save_model(work.model, dtype, parameters, work.output)
@@ -107,39 +106,6 @@ def sizing_of(config: RunConfig) -> Sizing:
     if config.sizing is None or config.prepared is None:
         raise FineTuneError(Reason.INVALID_SPEC, "run.json: `sizing` and `prepared` are required for training")
     return config.sizing
-
-
-def load_data(config: RunConfig, work: WorkDir, ranks: Ranks) -> Data:
-    """Collective: one rank of each pod decodes the shards, all map the result."""
-    spec, training = config.spec, config.spec.training
-    index = PreparedData.model_validate_json(work.index.read_bytes())
-    if ranks.local_rank == 0:
-        for split in ("train", "validation"):
-            shards.decode(index, [dataset.name for dataset in spec.datasets], split, work)
-    ranks.barrier()
-    examples = shards.load("train", work)
-    if not len(examples):
-        raise FineTuneError(Reason.DATA_INVALID, "spec.datasets: no training examples are left after cleaning")
-    plan = Plan(
-        rows_of(examples, packed(config), training.max_length, training.seed),
-        global_batch=training.global_batch_size,
-        weights=[dataset.weight for dataset in spec.datasets],
-        seed=training.seed,
-        epochs=training.epochs,
-        max_steps=training.max_steps,
-    )
-    validation = shards.load("validation", work)
-    if ranks.is_main:
-        log.event(
-            "data", examples=len(examples), rows=len(plan.rows), validation=len(validation), steps=plan.total_steps
-        )
-        if not len(validation):
-            log.event("no validation data: nothing will be evaluated", level="warning")
-    return Data(index, examples, validation, plan)
-
-
-def packed(config: RunConfig) -> bool:
-    return bool(config.spec.method.sft and config.spec.method.sft.packing)
 
 
 def make_arguments(config: RunConfig, work: WorkDir, plan: Plan, dtype: torch.dtype) -> TrainingArguments:
@@ -156,18 +122,6 @@ def make_arguments(config: RunConfig, work: WorkDir, plan: Plan, dtype: torch.dt
             device=kind,
             deepspeed=arguments.deepspeed_config(sizing, training, name, kind),
         )
-    )
-
-
-def micro_batches(config: RunConfig, data: Data, ranks: Ranks, attention: str) -> MicroBatches:
-    return MicroBatches(
-        data.plan,
-        data.train,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        micro_batch=sizing_of(config).micro_batch_size,
-        packed=packed(config),
-        flat=attention == "flash_attention_2",
     )
 
 
@@ -191,7 +145,7 @@ def steer(
         if resumed:
             state.restore(trainer, resumed.directory, resumed.saved)
             trainer.start_at(resumed.saved.step)
-        elif len(data.validation):
+        elif data.held_out:
             journal.before = figures(trainer, data, ranks, sizing_of(config), "Before")
         reporter.phase("Training")
         # From here on a signal waits for the end of the step, and after the last one for the adapter.
@@ -218,13 +172,14 @@ def steer(
 
 
 def figures(trainer: Any, data: Data, ranks: Ranks, sizing: Sizing, suffix: str) -> dict[str, float]:
-    """Loss and perplexity on the validation data, exact over all ranks; nothing where there is none."""
-    if not len(data.validation):
+    """What the method measures on the validation data, exact over all ranks; nothing where there is none."""
+    if not data.held_out:
         return {}
-    found = evaluate(trainer.model_wrapped, data.validation, ranks, sizing.micro_batch_size)
+    found: dict[str, float] = trainer.measure(data.validation, ranks, sizing.micro_batch_size)
     if ranks.is_main:
-        log.event("evaluated", when=suffix.lower() or "after", loss=round(found.loss, 4), tokens=found.tokens)
-    return {f"evalLoss{suffix}": found.loss, f"perplexity{suffix}": found.perplexity}
+        shown: dict[str, Any] = {name: round(value, 4) for name, value in found.items()}
+        log.event("evaluated", when=suffix.lower() or "after", examples=data.held_out, **shown)
+    return {f"{name}{suffix}": value for name, value in found.items()}
 
 
 def publish_output(

@@ -12,13 +12,14 @@ from transformers.trainer_utils import set_seed
 
 from finetune_api.failures import FineTuneError, Reason
 from finetune_api.tuning import Freeze, LoRA, Tuning
-from finetune_trainer.model import trained_parameters
+from finetune_trainer.model import Task, trained_parameters
 from finetune_trainer.state import Tensors
 
 
-def peft_config(tuning: Tuning, base_model_uri: str) -> PeftConfig:
+def peft_config(tuning: Tuning, base_model_uri: str, task: Task) -> PeftConfig:
     """The adapter in peft's words. Prompts are no part of the model's layers: they target no modules."""
-    common = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base_model_uri}
+    # With SEQ_CLS peft trains the new head too, and saves it with the adapter.
+    common = {"task_type": task, "base_model_name_or_path": base_model_uri}
     targets = "all-linear" if tuning.target_modules == ["AllLinear"] else list(tuning.target_modules)
     match tuning.type:
         case "IA3":
@@ -50,6 +51,7 @@ def tune(
     gradient_checkpointing: bool,
     masters: bool,
     earlier: Path | None = None,
+    task: Task = "CAUSAL_LM",
 ) -> Any:
     """The model with an adapter or weights of its own to train and the rest frozen; the same on every rank.
 
@@ -64,14 +66,15 @@ def tune(
         model.requires_grad_(tuning.type == "Full")
         for module in _last(model, (tuning.freeze or Freeze()).trainable_layers) if tuning.type == "Freeze" else ():
             module.requires_grad_(True)
-        for parameter in trained_parameters(model).values() if masters else ():
-            parameter.data = parameter.data.float()
+        _as_masters(model, masters)
         return model
     try:
-        peft = get_peft_model(model, peft_config(tuning, base_model_uri))
+        peft = get_peft_model(model, peft_config(tuning, base_model_uri, task))
     except ValueError as error:
         field = "ia3" if tuning.type == "IA3" else "lora"
         raise FineTuneError(Reason.INVALID_SPEC, f"spec.tuning.{field}.targetModules: {error}") from error
+    # peft's own weights are in float32 already, a new head is not.
+    _as_masters(peft, masters and task == "SEQ_CLS")
     # peft writes the model's own path over what it was given, and a mounted path would leak into what is published.
     peft.peft_config["default"].base_model_name_or_path = base_model_uri
     if earlier:
@@ -93,6 +96,11 @@ def _start_from(peft: Any, directory: Path) -> None:
         raise FineTuneError(
             Reason.MODEL_INVALID, f"spec.baseModel.adapterUri: it has {strange[0]}, which is not trained"
         )
+
+
+def _as_masters(model: Any, masters: bool) -> None:
+    for parameter in trained_parameters(model).values() if masters else ():
+        parameter.data = parameter.data.float()
 
 
 def _last(model: Any, count: int) -> list[torch.nn.Module]:

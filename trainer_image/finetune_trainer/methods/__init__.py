@@ -1,5 +1,34 @@
 """The table of methods: spec.method.type -> the Trainer that does it."""
 
-from finetune_trainer.methods.sft import SFTTrainer
+from typing import Any
 
-TRAINERS = {"SFT": SFTTrainer}
+from transformers import TrainingArguments
+
+from finetune_api.job import Method
+from finetune_trainer.batches import MicroBatches
+from finetune_trainer.methods.base import MethodTrainer
+from finetune_trainer.methods.dpo import DPOTrainer
+from finetune_trainer.methods.kto import KTOTrainer
+from finetune_trainer.methods.orpo import ORPOTrainer
+from finetune_trainer.methods.preference import PreferenceTrainer
+from finetune_trainer.methods.reward import RewardTrainer
+from finetune_trainer.methods.sft import SFTTrainer
+from finetune_trainer.model import Task
+
+PREFERENCE: dict[str, type[PreferenceTrainer]] = {
+    "DPO": DPOTrainer,
+    "KTO": KTOTrainer,
+    "ORPO": ORPOTrainer,
+    "Reward": RewardTrainer,
+}
+
+
+def task_of(method: Method) -> Task:
+    """What the model is for: all methods but Reward learn to answer."""
+    return "SEQ_CLS" if method.type == "Reward" else "CAUSAL_LM"
+
+
+def make_trainer(method: Method, model: Any, args: TrainingArguments, batches: MicroBatches) -> MethodTrainer:
+    if method.type in PREFERENCE:
+        return PREFERENCE[method.type](model, args, batches, method)
+    return SFTTrainer(model, args, batches)

@@ -1,46 +1,19 @@
-"""Supervised fine-tuning on the Hugging Face Trainer, over our own batches.
+"""Supervised fine-tuning: the loss of a step is the mean over the learned tokens of the whole global batch."""
 
-The Trainer brings gradient accumulation, clipping, mixed precision, DDP and DeepSpeed. Order, batches and the loss's
-denominator are ours: the loss of a step is the mean over the learned tokens of the whole global batch, so that neither
-the number of ranks nor the micro-batch changes what is learned.
-"""
-
-from collections.abc import Callable, Iterator
-from itertools import islice
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from finetune_trainer.batches import Batch, MicroBatches
-from finetune_trainer.evaluate import token_losses
+from finetune_trainer.batches import Batch, Examples
+from finetune_trainer.distributed import Ranks
+from finetune_trainer.evaluate import evaluate, token_losses
+from finetune_trainer.methods.base import MethodTrainer
 
 
-class SFTTrainer(Trainer):  # type: ignore[misc]
-    def __init__(self, model: Any, args: TrainingArguments, batches: MicroBatches) -> None:
-        super().__init__(model=model, args=args)
-        # It would print every line a second time, on every rank.
-        self.remove_callback(PrinterCallback)
-        self.batches = batches
-        self.loss_is_scaled_for_ga = True
-        self.save_state: Callable[[], None] = lambda: None
-        """What a callback's `control.should_save` brings about. Collective."""
-
-    def start_at(self, step: int) -> None:
-        """Continue after `step` optimizer steps; for `on_train_begin`."""
-        self.state.global_step = self._globalstep_last_logged = step
-        self.batches.first_step = step
-
-    def get_train_dataloader(self) -> MicroBatches:  # sharded already: accelerate must not shard it again
-        return self.batches
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
-    ) -> tuple[list[Batch], torch.Tensor | None]:
-        """The micro-batches of one step, and the learned tokens of the whole global batch: known without asking."""
-        batches = list(islice(epoch_iterator, num_batches))
-        items = [batch.pop("num_items") for batch in batches]
-        return batches, items[0] if items else None
+class SFTTrainer(MethodTrainer):
+    def measure(self, data: Examples, ranks: Ranks, batch_size: int) -> dict[str, float]:
+        found = evaluate(self.model_wrapped, data, ranks, batch_size)
+        return {"evalLoss": found.loss, "perplexity": found.perplexity}
 
     def compute_loss(
         self,
@@ -55,6 +28,3 @@ class SFTTrainer(Trainer):  # type: ignore[misc]
         # DDP and ZeRO average gradients over the ranks; the denominator is the whole batch's already.
         loss = token_losses(outputs.logits, labels) * (self.batches.world_size / int(num_items_in_batch))
         return (loss, outputs) if return_outputs else loss
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self.save_state()

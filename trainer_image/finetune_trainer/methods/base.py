@@ -1,0 +1,52 @@
+"""What every method shares: the Hugging Face Trainer over our own batches.
+
+The Trainer brings gradient accumulation, clipping, mixed precision, DDP and DeepSpeed. Order, batches and the loss's
+denominators are ours: they are those of the whole global batch, so that neither the number of ranks nor the micro-batch
+changes what is learned.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from finetune_trainer.batches import Batch, MicroBatches
+from finetune_trainer.distributed import Ranks
+
+
+class MethodTrainer(Trainer):  # type: ignore[misc]
+    """A method says what the loss of a micro-batch is (`compute_loss`) and what is measured on held-out data."""
+
+    def __init__(self, model: Any, args: TrainingArguments, batches: MicroBatches) -> None:
+        super().__init__(model=model, args=args)
+        # It would print every line a second time, on every rank.
+        self.remove_callback(PrinterCallback)
+        self.batches = batches
+        self.loss_is_scaled_for_ga = True
+        self.save_state: Callable[[], None] = lambda: None
+        """What a callback's `control.should_save` brings about. Collective."""
+
+    def measure(self, data: Any, ranks: Ranks, batch_size: int) -> dict[str, float]:
+        """Figures on held-out data of the kind that the method learns from, by name. Collective; raises Diverged."""
+        raise NotImplementedError
+
+    def start_at(self, step: int) -> None:
+        """Continue after `step` optimizer steps; for `on_train_begin`."""
+        self.state.global_step = self._globalstep_last_logged = step
+        self.batches.first_step = step
+
+    def get_train_dataloader(self) -> MicroBatches:  # sharded already: accelerate must not shard it again
+        return self.batches
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], torch.Tensor | None]:
+        """The micro-batches of one step, and the denominators of the whole global batch: known without asking."""
+        batches = list(islice(epoch_iterator, num_batches))
+        items = [batch.pop("num_items") for batch in batches]
+        return batches, items[0] if items else None
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.save_state()
