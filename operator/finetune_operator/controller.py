@@ -164,6 +164,7 @@ class Controller:
                 self._children.heard(raw, pod_facts(raw))
         async for raw in self._cluster.list_all("FineTuneJob", namespaces):
             await self._look_at(raw, census)
+            await asyncio.sleep(0)  # A page of jobs may be a second's work: watches and reports go on meanwhile.
         self._listed = True
 
     async def _look_at(self, raw: dict[str, Any], census: Census) -> None:
