@@ -101,6 +101,8 @@ class TerminationMessage(ApiModel):
     """The global rank that failed first."""
     exit_code: int = 0
     """The failing process's own exit code, negative for a signal."""
+    victim: bool = False
+    """It failed because a rank of another pod did: the cause is told elsewhere."""
     step: int | None = None
     """The last optimizer step that was completed."""
     resumed_from_step: int | None = None

@@ -101,6 +101,8 @@ def first_cause(pods: Sequence[Pod]) -> Cause | None:
     causes = [cause for pod in pods if (cause := _cause(pod))]
     if not causes:
         return None
+    # A victim may well be the first to end: the pod of the rank that died takes its time to notice.
+    causes = [cause for cause in causes if not (cause.said and cause.said.victim)] or causes
     times = [pod_time for cause in causes if (pod_time := _time(cause.pod))]
     if not times:
         return min(causes, key=lambda cause: cause.weight)

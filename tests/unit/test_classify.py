@@ -122,6 +122,13 @@ def test_the_first_cause_wins_over_its_victims(pods: list[Pod], first: int) -> N
         assert cause.pod.index == first
 
 
+def test_a_victim_that_ends_long_before_the_cause_is_not_it() -> None:
+    victim = says(Reason.RANK_FAILED, "lost contact", rank=0, exit_code=76, victim=True)
+    killed = says(Reason.RANK_FAILED, "rank 1 was killed by signal 9", rank=1, exit_code=-9)
+    assert failed(pod(0, 76, after=0, said=victim), pod(1, 76, after=30, said=killed)).rank == 1
+    assert failed(pod(0, 76, said=victim)).rank == 0
+
+
 @pytest.mark.parametrize(
     ("message", "reason"),
     [

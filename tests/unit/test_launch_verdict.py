@@ -60,7 +60,9 @@ def test_success_is_rank_0s_own_message() -> None:
 
 
 def test_a_victim_alone_says_that_it_is_one() -> None:
-    assert judge([make_end(3, 76, 1, LOST)], None).message.startswith("lost contact with another rank: ")
+    message = judge([make_end(3, 76, 1, LOST)], None)
+    assert message.message.startswith("lost contact with another rank: ")
+    assert message.victim
 
 
 @pytest.mark.parametrize(("cores_of_pod", "processes", "threads"), [(8, 2, "4"), (1, 4, "1"), (7, 2, "3")])

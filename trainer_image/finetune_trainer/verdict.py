@@ -45,7 +45,8 @@ def describe(end: RankEnd, out_of_memory: bool) -> TerminationMessage:
     if end.outcome and end.outcome.reason:
         said = end.outcome
         if is_victim(end):
-            said = said.model_copy(update={"message": f"lost contact with another rank: {said.message}"[:2048]})
+            text = f"lost contact with another rank: {said.message}"[:2048]
+            said = said.model_copy(update={"message": text, "victim": True})
         return said.model_copy(update={"rank": end.rank, "exit_code": end.code})
     step = end.outcome.step if end.outcome else None
     reason, last = Reason.RANK_FAILED, next(reversed(end.last_lines), "")
