@@ -118,7 +118,7 @@ def test_kill_of_a_rank_resumes_and_publishes_once(laptop: Laptop) -> None:
 
 def test_suspend_and_resume_continues(laptop: Laptop) -> None:
     manifest = laptop.manifest(
-        "paused", training={"maxSteps": 500, "learningRate": 0.005, "globalBatchSize": 8, "maxLength": 128}
+        "paused", training={"maxSteps": 1500, "learningRate": 0.005, "globalBatchSize": 8, "maxLength": 128}
     )
     assert laptop.finetune("submit", "-f", str(manifest)).code == 0
     wait_for(

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -68,6 +69,23 @@ done("victim"); sys.exit(76)
         message = launch.wait()
     assert launch.process.returncode == EXIT_CODES[Reason.OUT_OF_MEMORY]
     assert (message.reason, message.rank, message.step, message.exit_code) == (Reason.OUT_OF_MEMORY, 1, 12, 72)
+
+
+def test_a_victim_lets_the_pod_of_the_cause_end_first(tmp_path: Path) -> None:
+    rank = """
+say(reason="RankFailed", message="RuntimeError: Connection closed by peer [127.0.0.1]:4242", exit_code=76)
+(work / "pid").write_text(str(os.getpid())); sys.exit(76)
+"""
+    with launched(tmp_path, rank, processes=1, workers=2) as launch:
+        launch.until_file("pid")
+        launch.until(lambda: not alive(launch.pid("pid")))
+        with pytest.raises(subprocess.TimeoutExpired):
+            launch.process.wait(0.5)
+        # The Job has failed by the other pod: this one is deleted.
+        launch.process.send_signal(signal.SIGTERM)
+        message = launch.wait(timeout=5)
+    assert launch.process.returncode == EXIT_CODES[Reason.RANK_FAILED]
+    assert message.victim
 
 
 def test_a_rank_that_ignores_the_failure_of_another_is_killed_after_the_grace(tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ PULL = (sys.executable, "-m", "finetune_trainer.pull")
 TRAIN = (sys.executable, "-m", "finetune_trainer.train")
 PEER_GRACE = 10.0
 """Seconds that ranks get to fail by themselves, and to say why, after the first has failed."""
+PATIENCE = 10.0
+"""Seconds that a pod whose ranks only lost contact waits for the pod of the rank that failed to end first."""
 RESOLVE_SECONDS = 300.0
 """How long pod 0's name may take to appear in DNS: its pod may still be pulling its image."""
 
@@ -128,7 +130,21 @@ def launch(
         ranks = [_start(supervisor, layout, local, train) for local in range(layout.processes)]
         supervisor.run(grace, stop_grace, (EXIT_CODES[Reason.PREEMPTED],))
         ends = [_end(work.outcome(rank), rank, child) for rank, child in enumerate(ranks, layout.first_rank)]
-        return judge(ends, supervisor.stopped_at, oom_kills(cgroup) > killed_before)
+        message = judge(ends, supervisor.stopped_at, oom_kills(cgroup) > killed_before)
+        if message.victim:
+            _let_the_cause_speak(supervisor)
+        return message
+
+
+def _let_the_cause_speak(supervisor: Supervisor) -> None:
+    """Stays until the pod is asked to end, or PATIENCE is over.
+
+    The first pod that fails ends the Job, and the pods that are still there are deleted with what they had to say. A
+    victim notices at once that its peer is gone, so it would often be first.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while supervisor.stopped_at is None and (left := deadline - time.monotonic()) > 0:
+        supervisor.step(left)
 
 
 def _layout(config: RunConfig, supervisor: Supervisor, env: Mapping[str, str]) -> Layout:
