@@ -148,6 +148,17 @@ S3Uri = Annotated[
 ]
 """`s3://bucket/key-or-prefix`."""
 
+DATA_URI = (
+    r"^(s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9!_.*'()/=+@:,& -]*)?|stage://[a-z0-9]([-a-z0-9]*[a-z0-9])?)$"
+)
+DataUri = Annotated[
+    str,
+    StringConstraints(pattern=DATA_URI, max_length=1024),
+    Field(json_schema_extra=_NO_TRAVERSAL),
+    AfterValidator(_no_traversal),
+]
+"""`s3://bucket/key-or-prefix`, or `stage://name`: the rows that an earlier stage of the job wrote."""
+
 MODEL_URI = (
     r"^(s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9!_.*'()/=+@:,& -]*)?"
     r"|hf://[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+(@[A-Za-z0-9_./-]+)?"

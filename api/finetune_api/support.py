@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 
-from finetune_api import combinations, formats
+from finetune_api import combinations, dataset_rules, formats
 from finetune_api.job import FineTuneJobSpec
-from finetune_api.model import Problem
+from finetune_api.model import Path, Problem
 from finetune_api.profile import FineTuneProfileSpec
+from finetune_api.stages import EffectiveStage, effective
 
 METHODS = ("SFT", "DPO", "KTO", "ORPO", "Reward")
 FORMATS = ("Auto", *formats.SEQUENCES, "Preference")
@@ -13,24 +14,23 @@ FORMATS = ("Auto", *formats.SEQUENCES, "Preference")
 
 def unsupported(spec: FineTuneJobSpec) -> list[Problem]:
     """Fields of a valid spec that this version does not act on, each as a problem."""
-    return list(_unsupported(spec))
+    return list(dict.fromkeys(_unsupported(spec)))
+
+
+def _refuse(path: Path, found: object, allowed: str) -> Problem:
+    return Problem(path, f"found {found!r}; this version supports {allowed}")
 
 
 def _unsupported(spec: FineTuneJobSpec) -> Iterator[Problem]:
     def refuse(*path: str | int, found: object, allowed: str) -> Problem:
-        return Problem(("spec", *path), f"found {found!r}; this version supports {allowed}")
+        return _refuse(("spec", *path), found, allowed)
 
+    for stage in effective(spec):
+        yield from _unsupported_stage(stage)
+        yield from dataset_rules.problems(stage)
+        yield from combinations.problems(stage)
     if not spec.base_model.uri.startswith("s3://"):
         yield refuse("baseModel", "uri", found=spec.base_model.uri, allowed="s3:// only")
-    if spec.method.type not in METHODS:
-        yield refuse("method", "type", found=spec.method.type, allowed=", ".join(METHODS))
-    yield from formats.problems(spec)
-    yield from combinations.problems(spec)
-    held_out = spec.validation.datasets if spec.validation and spec.validation.datasets else []
-    for path, datasets in ((("datasets",), spec.datasets), (("validation", "datasets"), held_out)):
-        for index, dataset in enumerate(datasets):
-            if dataset.format not in FORMATS and dataset.format in formats.ACCEPTED[spec.method.type]:
-                yield refuse(*path, index, "format", found=dataset.format, allowed=", ".join(FORMATS))
     if spec.mixing and spec.mixing.type == "Temperature":
         yield refuse("mixing", "type", found=spec.mixing.type, allowed="Proportional and Weighted")
     if spec.test:
@@ -47,6 +47,19 @@ def _unsupported(spec: FineTuneJobSpec) -> Iterator[Problem]:
         yield refuse("evaluation", "gates", found=[g.metric for g in spec.evaluation.gates], allowed="no gates")
     if spec.tracking and spec.tracking != type(spec.tracking)():
         yield refuse("tracking", found="tracking", allowed="metrics in the status and in metrics.jsonl")
+
+
+def _unsupported_stage(stage: EffectiveStage) -> Iterator[Problem]:
+    spec = stage.spec
+    if spec.method.type not in METHODS:
+        yield _refuse((*stage.path("method"), "type"), spec.method.type, ", ".join(METHODS))
+    held_out = spec.validation.datasets if spec.validation and spec.validation.datasets else []
+    for path, datasets in ((stage.path("datasets"), spec.datasets), (("spec", "validation", "datasets"), held_out)):
+        for index, dataset in enumerate(datasets):
+            if dataset.format not in FORMATS and dataset.format in formats.ACCEPTED[spec.method.type]:
+                yield _refuse((*path, index, "format"), dataset.format, ", ".join(FORMATS))
+            if not dataset.uri.startswith("s3://"):
+                yield _refuse((*path, index, "uri"), dataset.uri, "s3:// only")
 
 
 def unsupported_profile(spec: FineTuneProfileSpec) -> list[Problem]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from finetune_api.job import Holdout
+from finetune_api.dataset import Holdout
 from finetune_api.run import PreparedData
 from finetune_trainer.prepare import prepare
 from finetune_trainer.pull import pull

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from finetune_api.job import Dataset
+from finetune_api.dataset import Dataset
 from finetune_trainer.data.augment import POOL, Passages, Shots
 from finetune_trainer.data.formats import BadRow, Chat, Pair
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from finetune_api.job import Columns
+from finetune_api.dataset import Columns
 from finetune_trainer.data.formats import Ambiguous, BadRow, Chat, Pair, Plain, content_hash, detect, to_example
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

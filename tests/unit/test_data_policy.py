@@ -4,8 +4,8 @@ import random
 
 import pytest
 
+from finetune_api.dataset import DataPolicy, Dataset
 from finetune_api.failures import FineTuneError, Reason
-from finetune_api.job import DataPolicy, Dataset
 from finetune_api.run import Split
 from finetune_trainer.data.near import sketch
 from finetune_trainer.data.policy import Candidate, Repeats

@@ -5,9 +5,13 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from finetune_api import dataset_rules
+from finetune_api.dataset import Columns
 from finetune_api.failures import FineTuneError
-from finetune_api.formats import ACCEPTED, Kind, formats_of, kind_of, problems
-from finetune_api.job import Columns, FineTuneJobSpec
+from finetune_api.formats import ACCEPTED, Kind, formats_of, kind_of
+from finetune_api.job import FineTuneJobSpec
+from finetune_api.model import Problem
+from finetune_api.stages import effective
 from finetune_trainer.data.classes import Classes
 from finetune_trainer.data.formats import BadRow, Chat, Pair, Plain, detect
 from finetune_trainer.data.records import Record, digest_of, to_records
@@ -141,6 +145,10 @@ def spec_of(kind: str, form: str, **fields: Any) -> FineTuneJobSpec:
         }
         | fields
     )
+
+
+def problems(spec: FineTuneJobSpec) -> list[Problem]:
+    return [problem for stage in effective(spec) for problem in dataset_rules.problems(stage)]
 
 
 def test_every_method_has_its_formats() -> None:

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from finetune_api.job import Training
 from finetune_api.sizing import Sizing
+from finetune_api.training import Training
 from finetune_trainer.arguments import deepspeed_config, log_interval, training_arguments, warmup_steps
 
 

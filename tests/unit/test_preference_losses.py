@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from finetune_api.job import Method
+from finetune_api.method import Method
 from finetune_trainer.batches import IGNORED, Examples
 from finetune_trainer.methods import PREFERENCE
 from finetune_trainer.methods.kto import KTOTrainer, tally_of_verdicts

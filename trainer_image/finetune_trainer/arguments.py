@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from finetune_api.job import Training
 from finetune_api.sizing import Sizing
+from finetune_api.training import Training
 
 SCHEDULES = {"Constant": "constant_with_warmup", "Linear": "linear", "Cosine": "cosine"}
 STAGES = {"ZeRO1": 1, "ZeRO2": 2, "ZeRO3": 3}

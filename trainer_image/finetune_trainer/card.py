@@ -3,8 +3,8 @@
 import json
 from collections.abc import Sequence
 
-from finetune_api.job import DPO, KTO, ORPO, SFT, Method, Reward
 from finetune_api.manifest import RunInfo
+from finetune_api.method import DPO, KTO, ORPO, SFT, Method, Reward
 from finetune_api.run import PreparedData, RunConfig
 from finetune_api.tuning import Freeze, LoRA, Tuning
 

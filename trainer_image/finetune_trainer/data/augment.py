@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from finetune_api.job import Dataset, Retrieval
+from finetune_api.dataset import Dataset, Retrieval
 from finetune_trainer.data.formats import BadRow, Chat, Example, Pair, column_of, turns_of, value_of
 
 POOL = 256

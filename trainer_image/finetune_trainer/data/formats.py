@@ -6,8 +6,8 @@ import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from finetune_api.dataset import Columns
 from finetune_api.formats import SEQUENCES
-from finetune_api.job import Columns
 
 ROLES = ("system", "user", "assistant", "tool")
 SHAREGPT = {

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from finetune_api.failures import FineTuneError, Reason
 from finetune_api.formats import Kind, formats_of, kind_of
-from finetune_api.job import GRPO, PPO, FineTuneJobSpec
+from finetune_api.job import FineTuneJobSpec
+from finetune_api.method import GRPO, PPO
 from finetune_api.run import Shard, Split
 from finetune_trainer import log
 from finetune_trainer.data.augment import SCAN, Passages, Shots

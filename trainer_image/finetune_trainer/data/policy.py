@@ -6,8 +6,8 @@ split, and of nearly equal ones only the first is kept (unless `duplicates` says
 
 from typing import NamedTuple
 
+from finetune_api.dataset import DataPolicy
 from finetune_api.failures import FineTuneError, Reason
-from finetune_api.job import DataPolicy
 from finetune_api.run import Split
 from finetune_trainer import log
 from finetune_trainer.data.near import NearTexts, Sketch

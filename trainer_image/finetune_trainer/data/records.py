@@ -9,8 +9,8 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from finetune_api.dataset import Columns
 from finetune_api.formats import Kind
-from finetune_api.job import Columns
 from finetune_trainer.data.formats import (
     BadRow,
     Chat,

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from finetune_api.dataset import Dataset
 from finetune_api.failures import FineTuneError, Reason
-from finetune_api.job import Dataset, FineTuneJobSpec
+from finetune_api.job import FineTuneJobSpec
 from finetune_api.run import PinnedObject, Split
 from finetune_trainer.data.readers import EXTENSIONS, Row, kind_of, read_parquet, read_stream
 from finetune_trainer.storage import Store, Wanted

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from finetune_api.job import Method
+from finetune_api.method import Method
 from finetune_trainer.batches import MicroBatches
 from finetune_trainer.methods.base import MethodTrainer
 from finetune_trainer.methods.dpo import DPOTrainer

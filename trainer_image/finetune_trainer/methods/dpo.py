@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from finetune_api.job import DPO
+from finetune_api.method import DPO
 from finetune_trainer.batches import Batch
 from finetune_trainer.methods.losses import dpo_losses
 from finetune_trainer.methods.preference import PairTrainer, Scored, tally_of_pairs

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from finetune_api.job import KTO
+from finetune_api.method import KTO
 from finetune_trainer.batches import Batch
 from finetune_trainer.distributed import Ranks
 from finetune_trainer.evaluate import batches_of

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from finetune_api.job import ORPO
+from finetune_api.method import ORPO
 from finetune_trainer.batches import IGNORED, Batch, Ints
 from finetune_trainer.evaluate import token_losses
 from finetune_trainer.methods.losses import odds_ratio_losses, sequence_log_probs

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from transformers import TrainingArguments
 
 from finetune_api.failures import FineTuneError, Reason
-from finetune_api.job import Method
+from finetune_api.method import Method
 from finetune_trainer.batches import Batch, Ints, MicroBatches
 from finetune_trainer.distributed import Ranks
 from finetune_trainer.evaluate import batches_of

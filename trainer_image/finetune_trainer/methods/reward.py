@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from finetune_api.job import Method, Reward
+from finetune_api.method import Method, Reward
 from finetune_trainer.batches import Batch, MicroBatches
 from finetune_trainer.methods.losses import reward_losses
 from finetune_trainer.methods.preference import PairTrainer, Scored, tally_of_pairs

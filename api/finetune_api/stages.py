@@ -1,0 +1,81 @@
+"""A job as the stages that it runs, one after the other: each with the whole spec that holds for it."""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from finetune_api.formats import kind_of
+from finetune_api.job import FineTuneJobSpec
+from finetune_api.model import Path
+from finetune_api.stage import Generate, Stage
+
+
+class EffectiveStage(NamedTuple):
+    number: int
+    name: str
+    """Empty for a job without stages, which is one stage."""
+    spec: FineTuneJobSpec
+    """What holds for this stage alone; it has no stages."""
+    own: Stage | None
+    """As it is written."""
+
+    @property
+    def generate(self) -> Generate | None:
+        return self.own.generate if self.own else None
+
+    @property
+    def has_head(self) -> bool:
+        """Whether it trains a new head, so that the model does not answer any more."""
+        return self.spec.method.type == "Reward" or kind_of(self.spec.method.type, self.spec.datasets) == "Classes"
+
+    def path(self, field: str) -> Path:
+        """Where the user wrote a field of the effective spec: in the stage or in spec."""
+        said = self.own is not None and getattr(self.own, field, None) is not None
+        return ("spec", "stages", self.number, field) if said else ("spec", field)
+
+
+def effective(spec: FineTuneJobSpec) -> list[EffectiveStage]:
+    """The stages in their order; of a job without stages the one that spec itself is."""
+    if not spec.stages:
+        return [EffectiveStage(0, "", spec, None)]
+    return [EffectiveStage(index, stage.name, _spec(spec, stage), stage) for index, stage in enumerate(spec.stages)]
+
+
+def _spec(spec: FineTuneJobSpec, stage: Stage) -> FineTuneJobSpec:
+    validation, test = spec.validation, spec.test
+    if stage.datasets:
+        # Held-out datasets belong to spec.datasets; a fraction is taken of any.
+        validation = validation if validation and validation.fraction else None
+        test = test if test and test.fraction else None
+    return spec.model_copy(
+        update={
+            "stages": [],
+            "method": stage.method or spec.method,
+            "tuning": stage.tuning or spec.tuning,
+            "datasets": stage.datasets or spec.datasets,
+            "training": stage.training.over(spec.training) if stage.training else spec.training,
+            "validation": validation,
+            "test": test,
+        }
+    )
+
+
+class Origin(NamedTuple):
+    """What a stage starts from."""
+
+    stage: int | None
+    """The stage whose result it is; None: the base model."""
+    how: Literal["Base", "Carried", "Merged", "Whole"]
+    """The base model; an adapter that goes on learning; an adapter worked into its model; a whole model."""
+
+
+def origin(stages: Sequence[EffectiveStage], number: int) -> Origin:
+    """The newest stage before it whose model still answers: reward models and classifiers are ends in themselves."""
+    before = [s for s in stages[:number] if not s.has_head and s.generate is None]
+    if not before:
+        return Origin(None, "Base")
+    last, this = before[-1], stages[number]
+    if not last.spec.tuning.is_adapter:
+        return Origin(last.number, "Whole")
+    if last.spec.tuning == this.spec.tuning and not this.has_head:
+        return Origin(last.number, "Carried")
+    return Origin(last.number, "Merged")
