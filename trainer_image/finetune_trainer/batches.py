@@ -6,7 +6,7 @@ state, so a resumed run needs the number of its first step and nothing else.
 """
 
 import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -34,6 +34,10 @@ class Examples:
     """(examples + 1,): example i is [offsets[i], offsets[i + 1])."""
     dataset: Ints
     """(examples,): index of the dataset that it comes from."""
+    learned: Ints | None = None
+    """(examples,): what `trained` counts, where it is known already."""
+    chunk: Ints | None = None
+    """(examples,): the chunk that it lies in, where the tokens come to the disk by and by (streaming.py)."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -44,6 +48,8 @@ class Examples:
 
     def trained(self) -> Ints:
         """Tokens of each example that carry loss: the first one has nothing to be predicted from."""
+        if self.learned is not None:
+            return self.learned
         learned = np.concatenate([[0], np.cumsum(self.labels != IGNORED, dtype=np.int64)])
         first = self.labels[np.minimum(self.offsets[:-1], max(0, len(self.labels) - 1))] != IGNORED
         counted: Ints = learned[self.offsets[1:]] - learned[self.offsets[:-1]] - (first & (self.lengths > 0))
@@ -61,6 +67,8 @@ class Rows:
     trained: Ints
     """(rows,): tokens that carry loss."""
     dataset: Ints
+    chunk: Ints | None = None
+    """(rows,): as `Examples.chunk`."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -70,24 +78,30 @@ class Rows:
 
 
 def rows_of(examples: Examples, packing: bool, max_length: int, seed: int) -> Rows:
-    """One row per example or, packed, few rows of at most `max_length` tokens; never two datasets in one row."""
-    lengths, trained = examples.lengths, examples.trained()
-    bins: list[list[int]] = []
+    """One row per example or, packed, few rows of at most `max_length` tokens; never two datasets or chunks in one."""
+    lengths, trained, chunk = examples.lengths, examples.trained(), examples.chunk
     if not packing:
         members, offsets = np.arange(len(examples), dtype=np.int64), np.arange(len(examples) + 1, dtype=np.int64)
-        return Rows(members, offsets, lengths, trained, examples.dataset)
-    for dataset in np.unique(examples.dataset):
-        ids = np.flatnonzero(examples.dataset == dataset)
-        bins += pack(np.random.default_rng((seed, int(dataset))).permutation(ids), lengths, max_length)
-    members = np.array([i for row in bins for i in row], dtype=np.int64)
-    offsets = np.concatenate([[0], np.cumsum([len(row) for row in bins])]).astype(np.int64)
+        return Rows(members, offsets, lengths, trained, examples.dataset, chunk)
+    group = examples.dataset if chunk is None else chunk
+    order: list[Ints] = [np.zeros(0, dtype=np.int64)]
+    sizes: list[Ints] = [np.zeros(0, dtype=np.int64)]
+    for number in np.unique(group):
+        ids = np.flatnonzero(group == number)
+        bins = pack(np.random.default_rng((seed, int(number))).permutation(ids), lengths, max_length)
+        order.append(np.array([i for row in bins for i in row], dtype=np.int64))
+        sizes.append(np.array([len(row) for row in bins], dtype=np.int64))
+    members = np.concatenate(order)
+    offsets = np.concatenate([[0], np.cumsum(np.concatenate(sizes))]).astype(np.int64)
     starts = offsets[:-1]
+    first = members[starts]
     return Rows(
         members,
         offsets,
-        np.add.reduceat(lengths[members], starts) if bins else members,
-        np.add.reduceat(trained[members], starts) if bins else members,
-        examples.dataset[members[starts]] if bins else members,
+        np.add.reduceat(lengths[members], starts) if len(starts) else members,
+        np.add.reduceat(trained[members], starts) if len(starts) else members,
+        examples.dataset[first],
+        None if chunk is None else chunk[first],
     )
 
 
@@ -157,6 +171,7 @@ class Plan:
         exact = (epochs if epochs is not None else 1.0) * self.epoch_rows / global_batch
         self.total_steps = max_steps if max_steps is not None else max(1, int(np.ceil(round(exact, 9))))
         self._window: tuple[int, list[Ints]] = (-1, [])
+        self._epochs: dict[int, Ints] = {}
 
     def epoch_at(self, step: int) -> float:
         """Passes over the mix after `step` steps."""
@@ -183,6 +198,11 @@ class Plan:
             for start in range(0, len(ids), per_micro_step)
         ]
 
+    def coming(self, step: int, count: int) -> Ints:
+        """(at most `count`,) row ids that are trained on next, from the beginning of the window of `step` on."""
+        start = step // WINDOW * WINDOW * self.global_batch
+        return self._stream(start, min(start + count, self.total_steps * self.global_batch))
+
     def _make_window(self, window: int) -> list[Ints]:
         steps = min(WINDOW, max(1, self.total_steps - window * WINDOW))
         start = window * WINDOW * self.global_batch
@@ -195,27 +215,39 @@ class Plan:
     def _stream(self, start: int, stop: int) -> Ints:
         """Rows [start, stop) of the endless stream of epochs."""
         first, last = start // self.epoch_rows, (stop - 1) // self.epoch_rows
-        epochs = np.concatenate([self._epoch(epoch) for epoch in range(first, last + 1)])
+        # The next window begins in the last of them.
+        self._epochs = {epoch: self._epoch(epoch) for epoch in range(first, last + 1)}
+        epochs = np.concatenate(list(self._epochs.values())) if last > first else self._epochs[first]
         return epochs[start - first * self.epoch_rows : stop - first * self.epoch_rows]
 
     def _epoch(self, epoch: int) -> Ints:
-        parts = [
-            self._take(dataset, epoch * share, (epoch + 1) * share)
-            for dataset, share in enumerate(self._shares)
-            if share
-        ]
-        mixed = np.concatenate(parts)
-        return mixed[np.random.default_rng((self.seed, epoch, 2)).permutation(len(mixed))]
+        """The datasets' own streams, taken from in random turns."""
+        if epoch in self._epochs:
+            return self._epochs[epoch]
+        rng = np.random.default_rng((self.seed, epoch, 2))
+        turns = rng.permutation(np.repeat(np.arange(len(self._shares)), self._shares))
+        mixed = np.zeros(len(turns), dtype=np.int64)
+        for dataset, share in enumerate(self._shares):
+            if share:
+                mixed[turns == dataset] = self._take(dataset, epoch * share, (epoch + 1) * share)
+        return mixed
 
     def _take(self, dataset: int, start: int, stop: int) -> Ints:
-        """Rows [start, stop) of one dataset's own stream: permutation after permutation, each row before any again."""
+        """Rows [start, stop) of one dataset's own stream: pass after pass, each row before any again."""
+        size = len(self._ids[dataset])
+        first, last = start // size, (stop - 1) // size
+        passes = np.concatenate([self._pass(dataset, turn) for turn in range(first, last + 1)])
+        return passes[start - first * size : stop - first * size]
+
+    def _pass(self, dataset: int, turn: int) -> Ints:
+        """All rows of one dataset in a new order; where there are chunks, one chunk after the other."""
         ids = self._ids[dataset]
-        first, last = start // len(ids), (stop - 1) // len(ids)
-        passes = [
-            ids[np.random.default_rng((self.seed, dataset, turn, 3)).permutation(len(ids))]
-            for turn in range(first, last + 1)
-        ]
-        return np.concatenate(passes)[start - first * len(ids) : stop - first * len(ids)]
+        rng = np.random.default_rng((self.seed, dataset, turn, 3))
+        shuffled: Ints = ids[rng.permutation(len(ids))]
+        if self.rows.chunk is None:
+            return shuffled
+        chunk = self.rows.chunk[shuffled]
+        return shuffled[np.argsort(rng.permutation(int(chunk.max()) + 1)[chunk], kind="stable")]
 
 
 def collate(examples: Examples, rows: Sequence[Ints], packed: bool, flat: bool = False, multiple: int = 8) -> Batch:
@@ -258,12 +290,20 @@ class MicroBatches:
         self.plan, self.examples, self.packed, self.flat = plan, examples, packed, flat
         self.rank, self.world_size, self.micro_batch = rank, world_size, micro_batch
         self.first_step = 0
+        self.fetch: Callable[[int], None] = lambda step: None
+        """Brings the tokens of a step to the pod's disk, where they do not all lie there."""
 
     def __len__(self) -> int:
         return self.plan.total_steps * (self.plan.global_batch // (self.world_size * self.micro_batch))
 
-    def __iter__(self) -> Iterator[Batch]:
+    def steps(self) -> Iterator[int]:
+        """The steps that are still to be taken; when one comes, its tokens are there."""
         for step in range(self.first_step, self.plan.total_steps):
+            self.fetch(step)
+            yield step
+
+    def __iter__(self) -> Iterator[Batch]:
+        for step in self.steps():
             items = torch.tensor(self.plan.trained_tokens(step))
             for ids in self.plan.micro_steps(step, self.rank, self.world_size, self.micro_batch):
                 rows = [self.plan.rows.examples(int(row)) for row in ids]

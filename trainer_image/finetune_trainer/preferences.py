@@ -14,7 +14,8 @@ def rows_of_pairs(pairs: Pairs) -> Rows:
     """One row per pair, as long as both of its sequences."""
     whole = np.arange(len(pairs.chosen) + 1, dtype=np.int64)
     trained = pairs.chosen.trained() + pairs.rejected.trained()
-    return Rows(whole[:-1], whole, pairs.chosen.lengths + pairs.rejected.lengths, trained, pairs.chosen.dataset)
+    lengths = pairs.chosen.lengths + pairs.rejected.lengths
+    return Rows(whole[:-1], whole, lengths, trained, pairs.chosen.dataset, pairs.chosen.chunk)
 
 
 def collate_pairs(pairs: Pairs, ids: Ints) -> Batch:
@@ -65,7 +66,7 @@ class PairBatches(MicroBatches):
         self.pairs = pairs
 
     def __iter__(self) -> Iterator[Batch]:
-        for step in range(self.first_step, self.plan.total_steps):
+        for step in self.steps():
             ids = self.plan.step(step)
             items = torch.tensor([len(ids), int((self.pairs.chosen.lengths[ids] - 1).sum())])
             for part in self.plan.micro_steps(step, self.rank, self.world_size, self.micro_batch):
@@ -80,7 +81,7 @@ class UnpairedBatches(MicroBatches):
         self.data, self.max_length = data, max_length
 
     def __iter__(self) -> Iterator[Batch]:
-        for step in range(self.first_step, self.plan.total_steps):
+        for step in self.steps():
             ids = self.plan.step(step)
             other, items = others_of(ids), torch.tensor([len(ids)])
             for part in self.plan.micro_steps(step, self.rank, self.world_size, self.micro_batch):
