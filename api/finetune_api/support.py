@@ -31,8 +31,6 @@ def _unsupported(spec: FineTuneJobSpec) -> Iterator[Problem]:
         yield from combinations.problems(stage)
     if not spec.base_model.uri.startswith("s3://"):
         yield refuse("baseModel", "uri", found=spec.base_model.uri, allowed="s3:// only")
-    if spec.mixing and spec.mixing.type == "Temperature":
-        yield refuse("mixing", "type", found=spec.mixing.type, allowed="Proportional and Weighted")
     if spec.test:
         yield refuse("test", found="a test split", allowed="validation only")
     if spec.training.early_stopping:

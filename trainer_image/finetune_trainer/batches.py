@@ -173,6 +173,11 @@ class Plan:
         self._window: tuple[int, list[Ints]] = (-1, [])
         self._epochs: dict[int, Ints] = {}
 
+    @property
+    def planned(self) -> list[float]:
+        """Each dataset's share of the rows."""
+        return [share / self.epoch_rows for share in self._shares]
+
     def epoch_at(self, step: int) -> float:
         """Passes over the mix after `step` steps."""
         return step * self.global_batch / self.epoch_rows

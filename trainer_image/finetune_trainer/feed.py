@@ -8,7 +8,9 @@ from finetune_api.run import PreparedData, RunConfig, Split
 from finetune_trainer import log, shards
 from finetune_trainer.batches import Examples, MicroBatches, Plan, Rows, rows_of
 from finetune_trainer.distributed import Ranks
+from finetune_trainer.mix import weights_of
 from finetune_trainer.preferences import PairBatches, UnpairedBatches, rows_of_pairs
+
 from finetune_trainer.shards import Pairs, Unpaired
 from finetune_trainer.workdir import WorkDir
 
@@ -38,10 +40,11 @@ def load_data(config: RunConfig, work: WorkDir, ranks: Ranks) -> Data:
     train, validation = _load(index.kind, "train", work), _load(index.kind, "validation", work)
     if not len(sequences(train)):
         raise FineTuneError(Reason.DATA_INVALID, "spec.datasets: no training examples are left after cleaning")
+    rows = _rows(train, config)
     plan = Plan(
-        _rows(train, config),
+        rows,
         global_batch=training.global_batch_size,
-        weights=[dataset.weight for dataset in spec.datasets],
+        weights=weights_of(spec, rows),
         seed=training.seed,
         epochs=training.epochs,
         max_steps=training.max_steps,
