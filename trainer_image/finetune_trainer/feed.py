@@ -10,7 +10,6 @@ from finetune_trainer.batches import Examples, MicroBatches, Plan, Rows, rows_of
 from finetune_trainer.distributed import Ranks
 from finetune_trainer.mix import weights_of
 from finetune_trainer.preferences import PairBatches, UnpairedBatches, rows_of_pairs
-
 from finetune_trainer.shards import Pairs, Unpaired
 from finetune_trainer.workdir import WorkDir
 
