@@ -116,7 +116,8 @@ def _last(model: Any, count: int) -> list[torch.nn.Module]:
 
 def _without_virtual_tokens(model: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
     """A prompt's own positions come first and are nobody's answer: the logits are of the tokens that were given."""
-    output.logits = output.logits[:, -kwargs["input_ids"].shape[1] :]
+    if output.logits.dim() == 3:  # else only the wanted positions, (n, vocabulary)
+        output.logits = output.logits[:, -kwargs["input_ids"].shape[1] :]
     return output
 
 

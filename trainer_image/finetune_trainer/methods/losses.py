@@ -17,11 +17,16 @@ def sequence_log_probs(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torc
     `logits`: (rows, length, vocabulary), possibly longer at the front (virtual tokens); `labels`: (rows, length).
     Only the logits of labelled tokens are converted to float32.
     """
-    targets = labels[:, 1:]
-    kept = targets != IGNORED
-    losses = torch.nn.functional.cross_entropy(
-        logits[:, -labels.shape[1] : -1][kept].float(), targets[kept], reduction="none"
-    )
+    kept = labels[:, 1:] != IGNORED
+    return row_log_probs(logits[:, -labels.shape[1] : -1][kept].float(), labels[:, 1:][kept], labels)
+
+
+def row_log_probs(
+    logits: torch.Tensor, targets: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same from what `logits.learned_logits` returns: (n, vocabulary) and (n,), n being the labelled tokens."""
+    kept = labels[:, 1:] != IGNORED
+    losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     rows = torch.nonzero(kept)[:, 0]
     sums = torch.zeros(len(labels), device=losses.device).index_add(0, rows, -losses)
     return sums, kept.sum(1)

@@ -15,8 +15,9 @@ from finetune_api.method import Method
 from finetune_trainer.batches import Batch, Ints, MicroBatches
 from finetune_trainer.distributed import Ranks
 from finetune_trainer.evaluate import batches_of
+from finetune_trainer.logits import learned_logits
 from finetune_trainer.methods.base import MethodTrainer
-from finetune_trainer.methods.losses import sequence_log_probs
+from finetune_trainer.methods.losses import row_log_probs
 from finetune_trainer.preferences import collate_pairs
 from finetune_trainer.shards import Pairs
 
@@ -78,8 +79,8 @@ class PreferenceTrainer(MethodTrainer):
         """Of each row's answer: log-probability less the reference's, and tokens; both (rows,)."""
         # First the reference: DDP expects a backward pass right after the last forward pass.
         with self.as_reference():
-            reference, _ = sequence_log_probs(model(input_ids=input_ids).logits, labels)
-        policy, counts = sequence_log_probs(model(input_ids=input_ids).logits, labels)
+            reference, _ = row_log_probs(*learned_logits(model, {"input_ids": input_ids}, labels), labels)
+        policy, counts = row_log_probs(*learned_logits(model, {"input_ids": input_ids}, labels), labels)
         return policy - reference, counts
 
     def _held_out(

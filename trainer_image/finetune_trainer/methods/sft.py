@@ -6,7 +6,8 @@ import torch
 
 from finetune_trainer.batches import Batch, Examples
 from finetune_trainer.distributed import Ranks
-from finetune_trainer.evaluate import evaluate, token_losses
+from finetune_trainer.evaluate import evaluate
+from finetune_trainer.logits import learned_logits
 from finetune_trainer.methods.base import MethodTrainer
 
 
@@ -23,8 +24,8 @@ class SFTTrainer(MethodTrainer):
         num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
         labels = inputs.pop("labels")
-        outputs = model(**inputs)
+        logits, targets = learned_logits(model, inputs, labels)
         assert num_items_in_batch is not None
         # DDP and ZeRO average gradients over the ranks; the denominator is the whole batch's already.
-        loss = token_losses(outputs.logits, labels) * (self.batches.world_size / int(num_items_in_batch))
-        return (loss, outputs) if return_outputs else loss
+        scale = self.batches.world_size / int(num_items_in_batch)
+        return torch.nn.functional.cross_entropy(logits, targets, reduction="sum") * scale
