@@ -1,5 +1,7 @@
 """Which rows make up which step: by rank, by epoch, by weight, packed and not."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -157,3 +159,14 @@ def test_collation() -> None:
 @pytest.mark.parametrize(("temperature", "expected"), [(1.0, [900, 100]), (2.0, [750, 250]), (100.0, [506, 494])])
 def test_temperature_evens_the_shares(temperature: float, expected: list[int]) -> None:
     assert shares([900, 100], by_temperature([900, 100], temperature)) == pytest.approx(expected, abs=1)
+
+
+def test_several_steps_take_the_same_rows_where_a_method_learns_from_its_own_answers() -> None:
+    rows = rows_of(make_examples([5] * 40), False, 64, 0)
+    plan: dict[str, Any] = {"global_batch": 4, "weights": [None], "seed": 1}
+    one = Plan(rows, epochs=2, max_steps=None, **plan)
+    three = Plan(rows, epochs=2, max_steps=None, repeats=3, **plan)
+    assert three.total_steps == 3 * one.total_steps == 60
+    assert [three.step(step).tolist() for step in range(60)] == [one.step(step // 3).tolist() for step in range(60)]
+    assert three.epoch_at(60) == one.epoch_at(20) == 2
+    assert Plan(rows, epochs=None, max_steps=7, repeats=3, **plan).total_steps == 7

@@ -163,13 +163,16 @@ class Plan:
         seed: int,
         epochs: float | None,
         max_steps: int | None,
+        repeats: int = 1,
     ) -> None:
-        self.rows, self.global_batch, self.seed = rows, global_batch, seed
+        """`repeats`: optimizer steps that follow one another on the same rows."""
+        self.rows, self.global_batch, self.seed, self.repeats = rows, global_batch, seed, repeats
         self._ids = [np.flatnonzero(rows.dataset == d) for d in range(len(weights))]
         self._shares = shares([len(ids) for ids in self._ids], weights)
         self.epoch_rows = len(rows)
         exact = (epochs if epochs is not None else 1.0) * self.epoch_rows / global_batch
-        self.total_steps = max_steps if max_steps is not None else max(1, int(np.ceil(round(exact, 9))))
+        self.total_steps = max_steps if max_steps is not None else repeats * max(1, int(np.ceil(round(exact, 9))))
+        self._batches = -(-self.total_steps // repeats)
         self._window: tuple[int, list[Ints]] = (-1, [])
         self._epochs: dict[int, Ints] = {}
 
@@ -180,14 +183,14 @@ class Plan:
 
     def epoch_at(self, step: int) -> float:
         """Passes over the mix after `step` steps."""
-        return step * self.global_batch / self.epoch_rows
+        return step / self.repeats * self.global_batch / self.epoch_rows
 
     def step(self, step: int) -> Ints:
         """(global_batch,) row ids, longest first: neighbours have like lengths."""
-        window = step // WINDOW
+        window, place = divmod(step // self.repeats, WINDOW)
         if self._window[0] != window:
             self._window = (window, self._make_window(window))
-        return self._window[1][step % WINDOW]
+        return self._window[1][place]
 
     def trained_tokens(self, step: int) -> int:
         """Tokens that carry loss in the whole global batch; what the loss is divided by."""
@@ -205,11 +208,11 @@ class Plan:
 
     def coming(self, step: int, count: int) -> Ints:
         """(at most `count`,) row ids that are trained on next, from the beginning of the window of `step` on."""
-        start = step // WINDOW * WINDOW * self.global_batch
-        return self._stream(start, min(start + count, self.total_steps * self.global_batch))
+        start = step // self.repeats // WINDOW * WINDOW * self.global_batch
+        return self._stream(start, min(start + count, self._batches * self.global_batch))
 
     def _make_window(self, window: int) -> list[Ints]:
-        steps = min(WINDOW, max(1, self.total_steps - window * WINDOW))
+        steps = min(WINDOW, max(1, self._batches - window * WINDOW))
         start = window * WINDOW * self.global_batch
         ids = self._stream(start, start + steps * self.global_batch)
         rng = np.random.default_rng((self.seed, window, 1))
