@@ -1,4 +1,4 @@
-"""Gangs that learn from preferences: pairs of answers, or answers with a verdict, to prompts of three tokens."""
+"""Gangs that learn from pairs of answers, from answers with a verdict, or from texts with a class."""
 
 import dataclasses
 import hashlib
@@ -42,6 +42,17 @@ def judged(pairs: list[Row]) -> list[Row]:
     ]
 
 
+def make_labelled(count: int, seed: int = 0) -> list[Row]:
+    """Texts of six tokens of their own for each of three classes, the last of which is rarer."""
+    rng, names = np.random.default_rng(seed), ["low", "middle", "high"]
+    rows = []
+    for _ in range(count):
+        label = int(rng.choice(3, p=[0.4, 0.4, 0.2]))
+        ids = rng.integers(4 + 20 * label, 10 + 20 * label, size=rng.integers(3, 12)).tolist()
+        rows.append({"input_ids": ids, "labels": [-100] * len(ids), "label": names[label]})
+    return rows
+
+
 @dataclass
 class PreferenceGang(Gang):
     kind: Kind = "Pairs"
@@ -60,14 +71,21 @@ class PreferenceGang(Gang):
             return self.prepared
         shards = [self._rows(split, rows) for split, rows in self.rows.items() if rows]
         longest = max(len(row["input_ids"]) for rows in self.rows.values() for row in rows)
-        return super()._index().model_copy(update={"kind": self.kind, "shards": shards, "max_tokens": longest})
+        changes = {"kind": self.kind, "shards": shards, "max_tokens": longest, "classes": self.classes}
+        return super()._index().model_copy(update=changes)
+
+    @property
+    def classes(self) -> list[str]:
+        return sorted({row["label"] for row in self.rows["train"]}) if self.kind == "Classes" else []
 
     def _rows(self, split: str, rows: list[Row]) -> Shard:
         key = f"{split}/00000.parquet"
         path = self.directory / "shards" / key
         path.parent.mkdir(parents=True, exist_ok=True)
         columns = {name: [row[name] for row in rows] for name in rows[0]}
-        table = {name: pa.array(values, None if name == "desirable" else LISTS) for name, values in columns.items()}
+        table = {
+            name: pa.array(values, LISTS if isinstance(values[0], list) else None) for name, values in columns.items()
+        }
         pq.write_table(pa.table(table), path)
         return Shard.model_validate(
             {
@@ -89,6 +107,8 @@ def make_preference_gang(directory: Path, s3: S3, model: Path, method: Row, **ar
     kind = kind_of(method["type"], gang.config.spec.datasets)
     known = {f.name: getattr(gang, f.name) for f in dataclasses.fields(gang)} | {"train": {}, "validation": []}
     train, validation = make_pairs(48), make_pairs(9, seed=99)
+    if kind == "Classes":
+        train, validation = make_labelled(64), make_labelled(30, seed=99)
     if kind == "Unpaired":
         train, validation = judged(train), judged(validation)
     return PreferenceGang(**known, kind=kind, rows={"train": train, "validation": validation})

@@ -21,7 +21,7 @@ from finetune_trainer.methods.losses import (
     sequence_log_probs,
 )
 from finetune_trainer.methods.preference import PreferenceTrainer, figures_of, tally_of_pairs, total_loss
-from finetune_trainer.methods.reward import padded, unused_at_end
+from finetune_trainer.methods.scoring import padded, unused_at_end
 from finetune_trainer.preferences import collate_pairs, collate_unpaired, others_of, rows_of_pairs, swap_answers
 from finetune_trainer.shards import Pairs, Unpaired
 from support.gang import VOCABULARY, make_tiny_model

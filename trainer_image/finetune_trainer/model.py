@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from finetune_api.run import Devices
 from finetune_api.tuning import Tuning
 
 Task = Literal["CAUSAL_LM", "SEQ_CLS"]
-"""In peft's words: a language model, or one score for a sequence by a new head."""
+"""In peft's words: a language model, or one score or class for a sequence by a new head."""
 DTYPES = {"BFloat16": torch.bfloat16, "Float16": torch.float16, "Float32": torch.float32}
 
 
@@ -57,10 +58,12 @@ def load_model(
     device: torch.device | None,
     quantization: BitsAndBytesConfig | None = None,
     task: Task = "CAUSAL_LM",
+    classes: Sequence[str] = (),
 ) -> Any:
     """The model from safetensors; code that comes with a model is never run. Raises ModelInvalid.
 
     `device`: where each weight goes as it is read; None leaves it to DeepSpeed, which partitions as it reads.
+    `classes`: what a head tells apart; a head without classes gives one score.
     """
     on_gpu = device is not None and device.type == "cuda"
     scores = task == "SEQ_CLS"
@@ -68,7 +71,7 @@ def load_model(
     try:
         model = kind.from_pretrained(
             path,
-            **({"num_labels": 1} if scores else {}),
+            **(head_of(classes) if scores else {}),
             dtype=dtype,
             # Quantised weights would go to a GPU by themselves, wherever they are wanted.
             device_map={"": device} if on_gpu or (quantization and device) else None,
@@ -87,6 +90,19 @@ def load_model(
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
     return model
+
+
+def head_of(classes: Sequence[str]) -> dict[str, Any]:
+    """What config.json says of a head: how many outputs it has, and what they are called."""
+    if not classes:
+        return {"num_labels": 1}
+    names = dict(enumerate(classes))
+    # Else transformers would guess from the type of the labels.
+    return {
+        "id2label": names,
+        "label2id": {name: number for number, name in names.items()},
+        "problem_type": "single_label_classification",
+    }
 
 
 def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

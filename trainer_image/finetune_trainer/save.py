@@ -1,15 +1,17 @@
 """The folder that is published: a plain peft adapter or a whole model, and the tokenizer as it came."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from transformers import AutoConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from finetune_api.tuning import Tuning
-from finetune_trainer.model import Task, load_model, quantization_of
+from finetune_trainer.model import Task, head_of, load_model, quantization_of
 from finetune_trainer.state import Tensors
 from finetune_trainer.tuning import as_plain_lora
 
@@ -41,14 +43,16 @@ def save_adapter(model: Any, parameters: Tensors, initial: Tensors, directory: P
     _readable(directory)
 
 
-def save_model(source: Path, dtype: torch.dtype, parameters: Tensors, directory: Path) -> None:
+def save_model(
+    source: Path, dtype: torch.dtype, task: Task, classes: Sequence[str], parameters: Tensors, directory: Path
+) -> None:
     """config.json and safetensors: the base model of `source` with the trained weights in place of its own.
 
     Read anew into the host's memory, since a rank of ZeRO-3 holds a share alone: as much again as the weights take.
     """
     shutil.rmtree(directory, ignore_errors=True)
     unset_hf_deepspeed_config()
-    model = load_model(source, dtype, "sdpa", None)
+    model = load_model(source, dtype, "sdpa", None, task=task, classes=classes)
     named = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in parameters.items():
@@ -57,7 +61,15 @@ def save_model(source: Path, dtype: torch.dtype, parameters: Tensors, directory:
     _readable(directory)
 
 
-def save_merged(source: Path, tuning: Tuning, dtype: torch.dtype, task: Task, adapter: Path, directory: Path) -> None:
+def save_merged(
+    source: Path,
+    tuning: Tuning,
+    dtype: torch.dtype,
+    task: Task,
+    classes: Sequence[str],
+    adapter: Path,
+    directory: Path,
+) -> None:
     """The base model of `source` with the saved adapter worked into its weights: a whole model, without peft.
 
     QLoRA's base weights are the quantised ones that the adapter was trained on, made whole again. In the host's memory,
@@ -65,11 +77,16 @@ def save_merged(source: Path, tuning: Tuning, dtype: torch.dtype, task: Task, ad
     """
     unset_hf_deepspeed_config()
     quantization = quantization_of(tuning, dtype)
-    model = load_model(source, dtype, "sdpa", torch.device("cpu"), quantization, task)
+    model = load_model(source, dtype, "sdpa", torch.device("cpu"), quantization, task, classes)
     if quantization:
         model = model.dequantize(dtype)
     PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True).save_pretrained(directory)
     _readable(directory)
+
+
+def save_classes(source: Path, classes: Sequence[str], directory: Path) -> None:
+    """config.json beside an adapter: the base model's with the classes of the new head, which peft does not write."""
+    AutoConfig.from_pretrained(source, local_files_only=True, **head_of(classes)).save_pretrained(directory)
 
 
 def _readable(directory: Path) -> None:

@@ -105,13 +105,16 @@ def _as_masters(model: Any, masters: bool) -> None:
 
 def _last(model: Any, count: int) -> list[torch.nn.Module]:
     """The last `count` blocks (all where there are fewer) and the head; a head tied to the embeddings trains both."""
+    # A head of scores or classes is no output embedding: it is what stands beside the body.
+    head = model.get_output_embeddings()
+    heads = [head] if head is not None else [m for name, m in model.named_children() if name != model.base_model_prefix]
     depth = model.config.num_hidden_layers
     found = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == depth]
     if not found:
         raise FineTuneError(
             Reason.INVALID_SPEC, "spec.tuning.type: found Freeze; this model's blocks cannot be told apart; use Full"
         )
-    return [*list(found[0])[-count:], model.get_output_embeddings()]
+    return [*list(found[0])[-count:], *heads]
 
 
 def _without_virtual_tokens(model: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:

@@ -4,9 +4,12 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from finetune_api.formats import Kind
 from finetune_api.method import Method
 from finetune_trainer.batches import MicroBatches
+from finetune_trainer.labelled import ClassBatches
 from finetune_trainer.methods.base import MethodTrainer
+from finetune_trainer.methods.classify import ClassifyTrainer
 from finetune_trainer.methods.dpo import DPOTrainer
 from finetune_trainer.methods.kto import KTOTrainer
 from finetune_trainer.methods.orpo import ORPOTrainer
@@ -23,12 +26,14 @@ PREFERENCE: dict[str, type[PreferenceTrainer]] = {
 }
 
 
-def task_of(method: Method) -> Task:
-    """What the model is for: all methods but Reward learn to answer."""
-    return "SEQ_CLS" if method.type == "Reward" else "CAUSAL_LM"
+def task_of(method: Method, kind: Kind = "Tokens") -> Task:
+    """What the model is for: it learns to answer, unless it learns to score (Reward) or to tell classes apart."""
+    return "SEQ_CLS" if method.type == "Reward" or kind == "Classes" else "CAUSAL_LM"
 
 
 def make_trainer(method: Method, model: Any, args: TrainingArguments, batches: MicroBatches) -> MethodTrainer:
     if method.type in PREFERENCE:
         return PREFERENCE[method.type](model, args, batches, method)
+    if isinstance(batches, ClassBatches):
+        return ClassifyTrainer(model, args, batches)
     return SFTTrainer(model, args, batches)
