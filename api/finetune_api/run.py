@@ -9,7 +9,7 @@ from finetune_api.job import FineTuneJobSpec
 from finetune_api.model import ApiModel, S3Uri, Sha256, ShortText
 from finetune_api.sizing import ModelShape, Sizing
 
-Split = Literal["train", "validation", "test"]
+Split = Literal["train", "validation", "test", "retention"]
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -39,7 +39,8 @@ class Shard(ApiModel):
     Further columns by `PreparedData.kind`: Pairs have the chosen answer there and `rejected_input_ids` and
     `rejected_labels` beside it; Unpaired `desirable` (bool); Classes `label` (string, one of `PreparedData.classes`);
     Prompts `reference` (string or null). Of Classes and Prompts no label is learned; a prompt ends where the answer
-    begins.
+    begins. Held-out shards of a dataset with columns.slice have `slice` (string or null). Retention data are always
+    Tokens.
     """
 
     key: ShortText
@@ -53,6 +54,20 @@ class Shard(ApiModel):
     """Tokens that carry loss, without the rejected answers'."""
     size: Count
     sha256: Sha256
+
+
+class Outline(ApiModel):
+    """A parquet file with what is known of each training row without its tokens, in the order of the shards.
+
+    `length` and `trained` (tokens that carry loss): int32; of Pairs also `rejected_length` and `rejected_trained`; and
+    the columns of the shards that hold no tokens.
+    """
+
+    key: ShortText
+    size: Count
+    sha256: Sha256
+    cache_bytes: Count
+    """Of decoded tokens (8 bytes each), what a pod's disk holds at a time."""
 
 
 class PreparedData(ApiModel):
@@ -75,8 +90,23 @@ class PreparedData(ApiModel):
     shards: list[Shard]
     dropped: dict[str, Count] = {}
     """Rows left out, by cause."""
+    outline: Outline | None = None
+    """Set where a pod's disk cannot hold all training data: the ranks fetch their shards when the time comes."""
     max_tokens: Count = 0
     """Length of the longest sequence."""
+    stages: dict[str, Sha256] = {}
+    """Of a job with stages, which has no shards of its own: SHA-256 of each stage's `data/<stage>/index.json`."""
+
+
+class StageSummary(ApiModel):
+    """What the operator sizes a stage by."""
+
+    train_tokens: Count
+    max_tokens: Count
+    """0 where its data are made by an earlier stage."""
+    target_features: Count
+    """Of `ModelShape`, by the stage's own tuning."""
+    target_outputs: Count
 
 
 class PreparedSummary(ApiModel):
@@ -92,6 +122,8 @@ class PreparedSummary(ApiModel):
     train_tokens: Count
     dropped: Count
     max_tokens: Count
+    stages: list[StageSummary] = []
+    """One for each of spec.stages; the counts above are those of all of them."""
     message: Annotated[str, Field(max_length=512)] = ""
     """What was found in the data, the most frequent first, each with its first case; empty where nothing was."""
 
@@ -123,6 +155,8 @@ class RunConfig(ApiModel):
     spec_sha256: Sha256
     devices: Devices
     storage: StorageConfig = StorageConfig()
+    data_cache_bytes: Annotated[int, Field(ge=1)] = 100 * 2**30
+    """Of decoded training data, what a pod's disk holds: where there is more, `prepare` says that shards are streamed."""
     scratch_uri: S3Uri
     """`<checkpoint.uri or output.uri>/.scratch/<job uid>/`."""
     output_uri: S3Uri
@@ -130,5 +164,8 @@ class RunConfig(ApiModel):
     prepared: PreparedSummary | None = None
     """None for `prepare`."""
     sizing: Sizing | None = None
+    """Of the stage that needs most."""
+    stage_sizings: list[Sizing] = []
+    """One for each of spec.stages."""
     grace_seconds: Annotated[int, Field(ge=1)] = 120
     """terminationGracePeriodSeconds of the pod."""

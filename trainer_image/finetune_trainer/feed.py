@@ -3,40 +3,51 @@
 from typing import NamedTuple
 
 from finetune_api.failures import FineTuneError, Reason
-from finetune_api.formats import Kind
 from finetune_api.run import PreparedData, RunConfig, Split
 from finetune_trainer import log, shards
 from finetune_trainer.batches import Examples, MicroBatches, Plan, Rows, rows_of
 from finetune_trainer.distributed import Ranks
+from finetune_trainer.evaluation.groups import Groups, groups_of
+from finetune_trainer.labelled import ClassBatches
 from finetune_trainer.mix import weights_of
 from finetune_trainer.preferences import PairBatches, UnpairedBatches, rows_of_pairs
-from finetune_trainer.shards import Pairs, Unpaired
+from finetune_trainer.shards import Classes, Pairs, Unpaired
 from finetune_trainer.workdir import WorkDir
 
-Held = Examples | Pairs | Unpaired
+HELD_OUT: tuple[Split, ...] = ("validation", "test", "retention")
+Held = Examples | Pairs | Unpaired | Classes
+
+
+class HeldOut(NamedTuple):
+    """A split that is measured and never learned from."""
+
+    data: Held
+    groups: Groups
 
 
 class Data(NamedTuple):
     prepared: PreparedData
     train: Held
-    validation: Held
     plan: Plan
+    held: dict[Split, HeldOut]
+    """Validation, test and retention data, where there are any."""
 
     @property
     def held_out(self) -> int:
         """Examples that are evaluated."""
-        return len(sequences(self.validation))
+        return sum(len(sequences(held.data)) for held in self.held.values())
 
 
 def load_data(config: RunConfig, work: WorkDir, ranks: Ranks) -> Data:
     """Collective: one rank of each pod decodes the shards, all map the result."""
     spec, training = config.spec, config.spec.training
-    index = PreparedData.model_validate_json(work.index.read_bytes())
+    index, names = PreparedData.model_validate_json(work.index.read_bytes()), [d.name for d in spec.datasets]
     if ranks.local_rank == 0:
-        for split in ("train", "validation"):
-            shards.decode(index, [dataset.name for dataset in spec.datasets], split, work)
+        for split in ("train", *HELD_OUT):
+            shards.decode(index, names, split, work)
     ranks.barrier()
-    train, validation = _load(index.kind, "train", work), _load(index.kind, "validation", work)
+    train = _load(index, "train", work)
+    held = {split: _held_out(index, names, split, work) for split in HELD_OUT}
     if not len(sequences(train)):
         raise FineTuneError(Reason.DATA_INVALID, "spec.datasets: no training examples are left after cleaning")
     rows = _rows(train, config)
@@ -48,14 +59,14 @@ def load_data(config: RunConfig, work: WorkDir, ranks: Ranks) -> Data:
         epochs=training.epochs,
         max_steps=training.max_steps,
     )
-    data = Data(index, train, validation, plan)
+    data = Data(index, train, plan, {split: part for split, part in held.items() if len(part.groups.leaf)})
     if ranks.is_main:
         log.event(
             "data",
             examples=len(sequences(train)),
             rows=len(plan.rows),
-            validation=data.held_out,
             steps=plan.total_steps,
+            **{str(split): len(part.groups.leaf) for split, part in data.held.items()},
         )
         if not data.held_out:
             log.event("no validation data: nothing will be evaluated", level="warning")
@@ -71,6 +82,8 @@ def micro_batches(data: Data, config: RunConfig, ranks: Ranks, micro_batch: int,
         case Unpaired():
             # An answer with another prompt is no longer than the longest sequence that the model was sized for.
             return UnpairedBatches(data.plan, data.train, max_length=data.prepared.max_tokens, **places)
+        case Classes():
+            return ClassBatches(data.plan, data.train, **places)
         case Examples():
             return MicroBatches(data.plan, data.train, packed=packed(config), flat=flat, **places)
 
@@ -84,22 +97,32 @@ def sequences(data: Held) -> Examples:
     match data:
         case Pairs():
             return data.chosen
-        case Unpaired():
+        case Unpaired() | Classes():
             return data.examples
         case Examples():
             return data
 
 
-def _load(kind: Kind, split: Split, work: WorkDir) -> Held:
-    match kind:
+def _held_out(index: PreparedData, names: list[str], split: Split, work: WorkDir) -> HeldOut:
+    data = _load(index, split, work)
+    known = shards.datasets_of(index, names, split)
+    return HeldOut(data, groups_of(sequences(data).dataset, known, shards.load_slices(split, work)))
+
+
+def _load(index: PreparedData, split: Split, work: WorkDir) -> Held:
+    match shards.kind_of(index, split):
         case "Pairs":
             return shards.load_pairs(split, work)
         case "Unpaired":
             return shards.load_unpaired(split, work)
+        case "Classes":
+            return shards.load_classes(split, work, index.classes)
         case "Tokens":
             return shards.load(split, work)
         case _:
-            raise FineTuneError(Reason.INVALID_SPEC, f"spec.method: this version does not train on {kind.lower()}")
+            raise FineTuneError(
+                Reason.INVALID_SPEC, f"spec.method: this version does not train on {index.kind.lower()}"
+            )
 
 
 def _rows(train: Held, config: RunConfig) -> Rows:

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from finetune_api.failures import FineTuneError, Reason
+from finetune_api.formats import Kind
 from finetune_api.run import PreparedData, Shard, Split
 from finetune_trainer.batches import Examples
 from finetune_trainer.workdir import WorkDir
@@ -49,15 +50,28 @@ class Prompts:
     """(examples,)"""
 
 
+def kind_of(index: PreparedData, split: Split) -> Kind:
+    """What could be done before is always measured by the loss of answers, whatever is learned."""
+    return "Tokens" if split == "retention" else index.kind
+
+
+def datasets_of(index: PreparedData, names: list[str], split: Split) -> list[str]:
+    """What `Examples.dataset` counts: the datasets of the spec, then those of held-out data alone."""
+    return list(dict.fromkeys([*names, *(shard.dataset for shard in index.shards if shard.split == split)]))
+
+
 def decode(index: PreparedData, names: list[str], split: Split, work: WorkDir) -> None:
     """Writes `data/<split>.<part>.npy`; by one process of a pod.
 
     `names`: the datasets, in the order of the spec; those of held-out data alone come after them.
     """
     shards = [shard for shard in index.shards if shard.split == split]
-    known = list(dict.fromkeys([*names, *(shard.dataset for shard in shards)]))
+    known = datasets_of(index, names, split)
     _decode(shards, [shard.tokens for shard in shards], known, split, "", work)
-    match index.kind:
+    if split != "train":
+        slices = pa.array(_column(shards, "slice", work, optional=True), pa.string())
+        pq.write_table(pa.table({"slice": slices}), work.data / f"{split}.slice.parquet")
+    match kind_of(index, split):
         case "Pairs":
             _decode(shards, [shard.rejected_tokens for shard in shards], known, split, REJECTED, work)
         case "Unpaired":
@@ -125,13 +139,23 @@ def load_prompts(split: Split, work: WorkDir) -> Prompts:
     return Prompts(load(split, work), references)
 
 
+def load_slices(split: Split, work: WorkDir) -> list[str | None]:
+    """(examples,): None where an example is in no slice."""
+    found: list[str | None] = pq.read_table(work.data / f"{split}.slice.parquet").column("slice").to_pylist()
+    return found
+
+
 def _path(work: WorkDir, split: Split, part: str) -> Path:
     return work.data / f"{split}.{part}.npy"
 
 
-def _column(shards: list[Shard], name: str, work: WorkDir) -> list[str | bool | None]:
+def _column(shards: list[Shard], name: str, work: WorkDir, optional: bool = False) -> list[str | bool | None]:
+    """`optional`: a shard may lack it, which then is one without a value in any row."""
     found: list[str | bool | None] = []
     for shard in shards:
+        if optional and name not in pq.read_schema(work.shard(shard.key)).names:
+            found += [None] * shard.rows
+            continue
         values = pq.read_table(work.shard(shard.key), columns=[name]).column(name).to_pylist()
         if len(values) != shard.rows:
             raise FineTuneError(

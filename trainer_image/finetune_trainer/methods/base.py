@@ -14,6 +14,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from finetune_trainer.batches import Batch, MicroBatches
 from finetune_trainer.distributed import Ranks
+from finetune_trainer.evaluation.groups import Groups
 
 
 class MethodTrainer(Trainer):  # type: ignore[misc]
@@ -28,8 +29,11 @@ class MethodTrainer(Trainer):  # type: ignore[misc]
         self.save_state: Callable[[], None] = lambda: None
         """What a callback's `control.should_save` brings about. Collective."""
 
-    def measure(self, data: Any, ranks: Ranks, batch_size: int) -> dict[str, float]:
-        """Figures on held-out data of the kind that the method learns from, by name. Collective; raises Diverged."""
+    def measure(self, data: Any, ranks: Ranks, batch_size: int, groups: Groups) -> dict[str, float]:
+        """Figures on held-out data of the kind that the method learns from, by name: of all of it and of each group.
+
+        Collective; raises Diverged.
+        """
         raise NotImplementedError
 
     def start_at(self, step: int) -> None:

@@ -14,9 +14,10 @@ import torch.distributed as dist
 from finetune_api.method import KTO
 from finetune_trainer.batches import Batch
 from finetune_trainer.distributed import Ranks
-from finetune_trainer.evaluate import batches_of
+from finetune_trainer.evaluation.groups import Groups
+from finetune_trainer.evaluation.loss import batches_of
 from finetune_trainer.methods.losses import kl_estimate, kto_losses
-from finetune_trainer.methods.preference import PreferenceTrainer, Scored
+from finetune_trainer.methods.preference import Part, PreferenceTrainer, Scored
 from finetune_trainer.preferences import UnpairedBatches, collate_unpaired, others_of
 from finetune_trainer.shards import Unpaired
 
@@ -53,20 +54,25 @@ class KTOTrainer(PreferenceTrainer):
         self.model.train(was_training)
         return total
 
-    def measure(self, data: Unpaired, ranks: Ranks, batch_size: int) -> dict[str, float]:
+    def measure(self, data: Unpaired, ranks: Ranks, batch_size: int, groups: Groups) -> dict[str, float]:
         """The reference point is that of all held-out rows together."""
         order = np.argsort(-data.examples.lengths, kind="stable")
         other, max_length = others_of(order), self.batches.max_length
-        plan = batches_of(data.examples, ranks.rank, ranks.world_size, batch_size)
+        plan = batches_of(data.examples, ranks.rank, ranks.world_size, batch_size, groups)
         parts = [
-            (collate_unpaired(data, ids, np.array([other[int(i)] for i in ids]), max_length), [len(ids)], counts)
+            Part(
+                collate_unpaired(data, ids, np.array([other[int(i)] for i in ids]), max_length),
+                [len(ids)],
+                counts,
+                int(groups.leaf[ids[0]]),
+            )
             for ids, counts in plan
         ]
         # A batch that only keeps the ranks in step is computed, and counts nothing.
-        drift = [float(self._drift([batch], ranks.device)) * counts for batch, _, counts in parts]
+        drift = [float(self._drift([part.batch], ranks.device)) * part.counts for part in parts]
         (total,) = ranks.sum([sum(drift)])
         self.kl = kl_estimate(torch.tensor(total, device=ranks.device), len(order))
-        return self._figures(iter(parts), ranks)
+        return self._figures(iter(parts), ranks, groups)
 
 
 def tally_of_verdicts(rewards: torch.Tensor, reference: torch.Tensor, desirable: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 
 from finetune_api.method import ORPO
 from finetune_trainer.batches import IGNORED, Batch, Ints
-from finetune_trainer.evaluate import token_losses
+from finetune_trainer.evaluation.loss import token_losses
 from finetune_trainer.methods.losses import odds_ratio_losses, sequence_log_probs
 from finetune_trainer.methods.preference import PairTrainer, Scored, tally_of_pairs
 

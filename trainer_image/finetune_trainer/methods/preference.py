@@ -14,7 +14,8 @@ from finetune_api.failures import FineTuneError, Reason
 from finetune_api.method import Method
 from finetune_trainer.batches import Batch, Ints, MicroBatches
 from finetune_trainer.distributed import Ranks
-from finetune_trainer.evaluate import batches_of
+from finetune_trainer.evaluation.groups import Floats, Groups
+from finetune_trainer.evaluation.loss import batches_of
 from finetune_trainer.logits import learned_logits
 from finetune_trainer.methods.base import MethodTrainer
 from finetune_trainer.methods.losses import row_log_probs
@@ -31,6 +32,16 @@ class Scored(NamedTuple):
     sums: tuple[torch.Tensor, ...]
     tally: torch.Tensor
     """(TALLY,)"""
+
+
+class Part(NamedTuple):
+    """A batch of held-out examples, all of one leaf of their groups."""
+
+    batch: Batch
+    items: list[int]
+    """Its denominators."""
+    counts: bool
+    leaf: int
 
 
 class PreferenceTrainer(MethodTrainer):
@@ -83,41 +94,39 @@ class PreferenceTrainer(MethodTrainer):
         policy, counts = row_log_probs(*learned_logits(model, {"input_ids": input_ids}, labels), labels)
         return policy - reference, counts
 
-    def _held_out(
-        self, parts: Iterator[tuple[Batch, list[int], bool]], ranks: Ranks
-    ) -> tuple[list[float], list[float], list[float]]:
-        """Sums, denominators and tally over all ranks' parts: micro-batch, its denominators, does it count."""
+    def _held_out(self, parts: Iterator[Part], ranks: Ranks, groups: Groups) -> Floats:
+        """Sums, denominators and tally over all ranks' parts: (leaves, 2 * sums + TALLY)."""
         model, was_training = self.model_wrapped, self.model.training
         model.eval()
-        total: np.ndarray[Any, np.dtype[np.float64]] | None = None
+        total: Floats | None = None
         with torch.no_grad():
-            for batch, items, counts in parts:
-                found = self.scored(model, {name: tensor.to(ranks.device) for name, tensor in batch.items()})
-                values = np.array([*(float(part) for part in found.sums), *items, *found.tally.tolist()])
-                total = (0.0 if total is None else total) + values * counts
+            for part in parts:
+                found = self.scored(model, {name: tensor.to(ranks.device) for name, tensor in part.batch.items()})
+                values = np.array([*(float(one) for one in found.sums), *part.items, *found.tally.tolist()])
+                if total is None:
+                    total = np.zeros((groups.leaves, len(values)))
+                total[part.leaf] += values * part.counts
         model.train(was_training)
         assert total is not None
-        whole, parts_of_loss = ranks.sum(total.tolist()), (len(total) - TALLY) // 2
-        return whole[:parts_of_loss], whole[parts_of_loss:-TALLY], whole[-TALLY:]
+        return np.array(ranks.sum(total.flatten().tolist())).reshape(total.shape)
 
-    def _figures(self, parts: Iterator[tuple[Batch, list[int], bool]], ranks: Ranks) -> dict[str, float]:
-        sums, items, tally = self._held_out(parts, ranks)
-        loss = sum(part / max(1.0, count) for part, count in zip(sums, items, strict=True))
-        if not math.isfinite(loss):
+    def _figures(self, parts: Iterator[Part], ranks: Ranks, groups: Groups) -> dict[str, float]:
+        found = groups.told(self._held_out(parts, ranks, groups), _figures_of_sums)
+        if not math.isfinite(found["evalLoss"]):
             raise FineTuneError(Reason.DIVERGED, "the loss on the validation data is not a number")
-        return {"evalLoss": loss} | figures_of(tally)
+        return found
 
 
 class PairTrainer(PreferenceTrainer):
     """A method that learns from pairs, which go through the model as one batch of twice as many rows."""
 
-    def measure(self, data: Pairs, ranks: Ranks, batch_size: int) -> dict[str, float]:
-        def part(ids: Ints) -> Batch:
-            return collate_pairs(data, ids)
+    def measure(self, data: Pairs, ranks: Ranks, batch_size: int, groups: Groups) -> dict[str, float]:
+        def part(ids: Ints, counts: bool) -> Part:
+            items = self.items(data.chosen.lengths[ids])
+            return Part(collate_pairs(data, ids), items, counts, int(groups.leaf[ids[0]]))
 
-        plan = batches_of(data.chosen, ranks.rank, ranks.world_size, batch_size)
-        parts = ((part(ids), self.items(data.chosen.lengths[ids]), counts) for ids, counts in plan)
-        return self._figures(parts, ranks)
+        plan = batches_of(data.chosen, ranks.rank, ranks.world_size, batch_size, groups)
+        return self._figures((part(ids, counts) for ids, counts in plan), ranks, groups)
 
     def items(self, chosen_lengths: Ints) -> list[int]:
         """The denominators of these pairs."""
@@ -138,6 +147,14 @@ def tally_of_pairs(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor
     count = torch.tensor(float(len(chosen)), device=chosen.device)
     right = (chosen > rejected).float().sum() + 0.5 * (chosen == rejected).float().sum()
     return torch.stack([chosen.sum(), count, rejected.sum(), count, right, count])
+
+
+def _figures_of_sums(values: list[float]) -> dict[str, float]:
+    """`values`: sums, as many denominators, a tally."""
+    parts = (len(values) - TALLY) // 2
+    sums, items = values[:parts], values[parts : 2 * parts]
+    loss = sum(part / max(1.0, count) for part, count in zip(sums, items, strict=True))
+    return {"evalLoss": loss} | figures_of(values[-TALLY:])
 
 
 def figures_of(tally: list[float]) -> dict[str, float]:

@@ -6,15 +6,15 @@ import torch
 
 from finetune_trainer.batches import Batch, Examples
 from finetune_trainer.distributed import Ranks
-from finetune_trainer.evaluate import evaluate
+from finetune_trainer.evaluation.groups import Groups
+from finetune_trainer.evaluation.loss import evaluate, figures_of
 from finetune_trainer.logits import learned_logits
 from finetune_trainer.methods.base import MethodTrainer
 
 
 class SFTTrainer(MethodTrainer):
-    def measure(self, data: Examples, ranks: Ranks, batch_size: int) -> dict[str, float]:
-        found = evaluate(self.model_wrapped, data, ranks, batch_size)
-        return {"evalLoss": found.loss, "perplexity": found.perplexity}
+    def measure(self, data: Examples, ranks: Ranks, batch_size: int, groups: Groups) -> dict[str, float]:
+        return groups.told(evaluate(self.model_wrapped, data, groups, ranks, batch_size), figures_of)
 
     def compute_loss(
         self,
