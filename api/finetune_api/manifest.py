@@ -38,7 +38,7 @@ class RunInfo(ApiModel):
 
 class Manifest(ApiModel):
     version: Literal["v1"] = "v1"
-    kind: Literal["Adapter", "Model", "Checkpoint"]
+    kind: Literal["Adapter", "Model", "Rows", "Checkpoint"]
     step: Annotated[int, Field(ge=0)]
     created_time: str
     """RFC 3339, UTC."""
@@ -47,4 +47,4 @@ class Manifest(ApiModel):
     world_size: int | None = None
     """Checkpoints: the number of ranks that wrote it."""
     spec_sha256: Sha256 | None = None
-    """Checkpoints: the spec that they continue; another spec's checkpoint is never resumed."""
+    """Checkpoints and results of stages: the spec that they continue; another spec's is never taken up."""

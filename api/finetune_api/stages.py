@@ -1,5 +1,6 @@
 """A job as the stages that it runs, one after the other: each with the whole spec that holds for it."""
 
+import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -32,12 +33,26 @@ class EffectiveStage(NamedTuple):
         said = self.own is not None and getattr(self.own, field, None) is not None
         return ("spec", "stages", self.number, field) if said else ("spec", field)
 
+    def named(self, text: str) -> str:
+        """A sentence about the effective spec, with its fields named where the user wrote them."""
+        for field in ("method", "tuning", "datasets", "training"):
+            if self.path(field)[1] == "stages":
+                text = re.sub(rf"\bspec\.{field}\b", f"spec.stages[{self.number}].{field}", text)
+        return text
+
 
 def effective(spec: FineTuneJobSpec) -> list[EffectiveStage]:
     """The stages in their order; of a job without stages the one that spec itself is."""
     if not spec.stages:
         return [EffectiveStage(0, "", spec, None)]
-    return [EffectiveStage(index, stage.name, _spec(spec, stage), stage) for index, stage in enumerate(spec.stages)]
+    found = [EffectiveStage(index, stage.name, _spec(spec, stage), stage) for index, stage in enumerate(spec.stages)]
+    return [_without_adapter(stage) if origin(found, stage.number).stage is not None else stage for stage in found]
+
+
+def _without_adapter(stage: EffectiveStage) -> EffectiveStage:
+    """The adapter that a job starts from is none of what a later stage starts from."""
+    base = stage.spec.base_model.model_copy(update={"adapter_uri": None})
+    return stage._replace(spec=stage.spec.model_copy(update={"base_model": base}))
 
 
 def _spec(spec: FineTuneJobSpec, stage: Stage) -> FineTuneJobSpec:
@@ -76,6 +91,8 @@ def origin(stages: Sequence[EffectiveStage], number: int) -> Origin:
     last, this = before[-1], stages[number]
     if not last.spec.tuning.is_adapter:
         return Origin(last.number, "Whole")
-    if last.spec.tuning == this.spec.tuning and not this.has_head:
+    # PiSSA's factors are written down as a LoRA of twice the rank: not what its tuning says.
+    changed = last.spec.tuning.lora is not None and last.spec.tuning.lora.initialization == "PiSSA"
+    if last.spec.tuning == this.spec.tuning and not (this.has_head or changed):
         return Origin(last.number, "Carried")
     return Origin(last.number, "Merged")

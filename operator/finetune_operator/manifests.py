@@ -6,6 +6,7 @@ own Secret and of a ServiceAccount that the profile lists, and as the number of 
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -76,7 +77,7 @@ def prepare(job: FineTuneJob, profile: FineTuneProfile, context: Context) -> tup
     amounts = {"cpu": resources.cpu, "memory": resources.memory}
     template = builder.pod("prepare", {"requests": amounts, "limits": {"memory": resources.memory}}, "256Mi", {}, [])
     return (
-        builder.config_map(None, None),
+        builder.config_map(None, ()),
         builder.job(template, pods=1, retries=PREPARE_RETRIES, policy=policy, labels={}, suspend=False),
     )
 
@@ -87,9 +88,12 @@ def gang(
     context: Context,
     attempt: int,
     prepared: PreparedSummary,
-    sizing: Sizing,
+    sizings: Sequence[Sizing],
 ) -> tuple[Object, ...]:
-    """Service, ConfigMap and Indexed Job of one attempt; the Job comes last, so that its pods find the others."""
+    """Service, ConfigMap and Indexed Job of one attempt; the Job comes last, so that its pods find the others.
+
+    `sizings`: one for each stage.
+    """
     builder = _Builder(job, profile, context, attempt)
     # All pods live and die together: whatever ends one ends the Job, and the next attempt is another Job.
     policy: list[Object] = [
@@ -119,7 +123,7 @@ def gang(
     labels = {QUEUE_LABEL: queue and queue.name, PRIORITY_LABEL: queue and queue.priority_class_name}
     return (
         builder.service(),
-        builder.config_map(prepared, sizing),
+        builder.config_map(prepared, sizings),
         builder.job(
             template,
             pods=job.spec.distribution.workers,
@@ -208,7 +212,7 @@ class _Builder:
             },
         }
 
-    def config_map(self, prepared: PreparedSummary | None, sizing: Sizing | None) -> Object:
+    def config_map(self, prepared: PreparedSummary | None, sizings: Sequence[Sizing]) -> Object:
         spec, meta = self.owner.spec, self.owner.metadata
         run = RunConfig(
             namespace=meta.namespace,
@@ -223,7 +227,8 @@ class _Builder:
             scratch_uri=f"{(spec.checkpoint.uri or spec.output.uri).rstrip('/')}/.scratch/{meta.uid}/",
             output_uri=f"{spec.output.uri.rstrip('/')}/{meta.name}/",
             prepared=prepared,
-            sizing=sizing,
+            sizing=max(sizings, key=lambda sizing: sizing.memory_per_gpu, default=None),
+            stage_sizings=list(sizings) if spec.stages else [],
             grace_seconds=self.profile.spec.termination_grace_period_seconds,
         )
         data = {"run.json": json.dumps(run.to_json(), indent=1, sort_keys=True), "ca.crt": self.context.ca}

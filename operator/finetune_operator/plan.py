@@ -19,6 +19,7 @@ from finetune_api.model import quantity
 from finetune_api.profile import FineTuneProfile
 from finetune_api.run import PreparedSummary
 from finetune_api.sizing import Device, DoesNotFit, Request, Sizing, size
+from finetune_api.stages import EffectiveStage, effective
 from finetune_operator import attempts as history
 from finetune_operator import manifests, status
 from finetune_operator.accept import Refusal, Subject, check, select_profile
@@ -213,10 +214,10 @@ def _prepare(situation: Situation, job: FineTuneJob, profile: FineTuneProfile) -
 def _start(situation: Situation, job: FineTuneJob, profile: FineTuneProfile, prepared: PreparedSummary) -> Step:
     """The data is ready and no gang runs: may the next attempt begin?"""
     try:
-        sizing = sized(job, profile, prepared)
+        sizings = sized(job, profile, prepared)
     except DoesNotFit as error:
         return situation.fail(Reason.DOES_NOT_FIT, str(error))
-    data = _data(prepared)
+    data, sizing = _data(prepared), max(sizings, key=lambda sizing: sizing.memory_per_gpu)
     last = situation.attempts[-1] if situation.attempts else None
     number = last.number + 1 if last else 0
     if last and last.outcome == "Retryable" and last.completion_time:
@@ -238,7 +239,7 @@ def _start(situation: Situation, job: FineTuneJob, profile: FineTuneProfile, pre
             sizing=sizing,
             gpus=manifests.devices(job.spec, profile.spec).world_size,
         ),
-        create=manifests.gang(job, profile, situation.context, number, prepared, sizing),
+        create=manifests.gang(job, profile, situation.context, number, prepared, sizings),
     )
     return _within_pre_running(situation, job, situation.now, step)
 
@@ -253,11 +254,20 @@ def _start_text(job: FineTuneJob, attempt: Attempt) -> str:
     return f"attempt {attempt.number} starts {_workers(job.spec.distribution.workers)}"
 
 
-def sized(job: FineTuneJob, profile: FineTuneProfile, prepared: PreparedSummary) -> Sizing:
-    """Raises DoesNotFit."""
-    spec, accelerator = job.spec, profile.spec.accelerator
+def sized(job: FineTuneJob, profile: FineTuneProfile, prepared: PreparedSummary) -> list[Sizing]:
+    """One for each stage. Raises DoesNotFit."""
+    return [_sized(stage, profile, prepared) for stage in effective(job.spec)]
+
+
+def _sized(stage: EffectiveStage, profile: FineTuneProfile, prepared: PreparedSummary) -> Sizing:
+    spec, accelerator = stage.spec, profile.spec.accelerator
+    shape, max_tokens = prepared.model, prepared.max_tokens
+    if prepared.stages:
+        own = prepared.stages[stage.number]
+        targets = {"target_features": own.target_features, "target_outputs": own.target_outputs}
+        shape, max_tokens = shape.model_copy(update=targets), own.max_tokens
     packing = spec.method.sft is not None and spec.method.sft.packing
-    longest = spec.training.max_length if packing else min(spec.training.max_length, prepared.max_tokens or 2**31)
+    longest = spec.training.max_length if packing else min(spec.training.max_length, max_tokens or 2**31)
     memory = accelerator.memory if accelerator else profile.spec.resources.memory
     request = Request(
         tuning=spec.tuning,
@@ -271,7 +281,10 @@ def sized(job: FineTuneJob, profile: FineTuneProfile, prepared: PreparedSummary)
         offload=spec.distribution.offload,
     )
     device = Device(kind="CUDA" if accelerator else "CPU", memory_bytes=int(quantity(memory)))
-    return size(prepared.model, request, device)
+    try:
+        return size(shape, request, device)
+    except DoesNotFit as error:
+        raise (DoesNotFit(f"stage {stage.name}: {error}") if stage.name else error) from error
 
 
 def _data(prepared: PreparedSummary) -> DataStatus:

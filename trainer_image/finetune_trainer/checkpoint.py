@@ -1,4 +1,4 @@
-"""Checkpoints in the job's scratch prefix: `checkpoints/step-00000200/…`, the manifest last.
+"""Checkpoints in the job's scratch prefix: `checkpoints/[<stage>/]step-00000200/…`, the manifest last.
 
 Saving stops training for as long as it takes to copy the trained state to a local file; the upload goes on beside it.
 Resuming takes the newest one whose manifest and files verify and whose spec is this job's; what is torn is named and
@@ -18,10 +18,10 @@ from finetune_api.manifest import MANIFEST_KEY
 from finetune_trainer import log, state
 from finetune_trainer.distributed import Ranks
 from finetune_trainer.publish import fetch_verified, now, publish, read_manifest
-from finetune_trainer.storage import Store
+from finetune_trainer.storage import Store, join
 from finetune_trainer.workdir import WorkDir
 
-_STEP = re.compile(r"/checkpoints/step-(\d{8})/(.+)$")
+_STEP = re.compile(r"/checkpoints/(?:[^/]+/)?step-(\d{8})/([^/]+)$")
 _PASSING = (Reason.STORAGE_UNAVAILABLE, Reason.STORAGE_DENIED)
 
 
@@ -52,13 +52,14 @@ class Checkpoints:
         self, store: Store, scratch_uri: str, work: WorkDir, spec_sha256: str, ranks: Ranks, keep: int
     ) -> None:
         self._store, self._scratch, self._work = store, scratch_uri, work
+        self._prefix = join(scratch_uri, f"checkpoints/{work.stage}/" if work.stage else "checkpoints/")
         self._spec_sha256, self._ranks, self._keep = spec_sha256, ranks, keep
         self._upload: threading.Thread | None = None
         self.on_uploaded: Callable[[str, int], None] = lambda uri, step: None
         """Called with the URI and step of each checkpoint that is complete, from another thread."""
 
     def uri(self, step: int) -> str:
-        return f"{self._scratch}checkpoints/{name_of(step)}/"
+        return f"{self._prefix}{name_of(step)}/"
 
     # Resuming
 
@@ -74,7 +75,7 @@ class Checkpoints:
         return Resumed(state.read(directory), directory)
 
     def _choose(self) -> int | None:
-        for step in complete_steps(item.uri for item in self._store.list(f"{self._scratch}checkpoints/")):
+        for step in complete_steps(item.uri for item in self._store.list(self._prefix)):
             try:
                 manifest = read_manifest(self._store, self.uri(step) + MANIFEST_KEY)
                 if (manifest.kind, manifest.step, manifest.spec_sha256) != ("Checkpoint", step, self._spec_sha256):
@@ -128,6 +129,18 @@ class Checkpoints:
         if self._upload is not None:
             self._upload.join()
 
+    def remove(self) -> None:
+        """All of them: there is something better to start from."""
+        steps = complete_steps(item.uri for item in self._store.list(self._prefix))
+        self._remove(steps)
+        self._store.delete_prefix(self._prefix, self._scratch)
+
+    def _remove(self, steps: Iterable[int]) -> None:
+        for step in steps:
+            # The manifest goes first: half a checkpoint is none.
+            self._store.delete(self.uri(step) + MANIFEST_KEY)
+            self._store.delete_prefix(self.uri(step), self._scratch)
+
     def _send(self, step: int, directory: Path) -> None:
         """Failing costs a checkpoint, not the training: it is logged, and the next one tries again."""
         started = time.monotonic()
@@ -154,8 +167,5 @@ class Checkpoints:
             shutil.rmtree(directory, ignore_errors=True)
 
     def _prune(self, saved: int) -> None:
-        complete = complete_steps(item.uri for item in self._store.list(f"{self._scratch}checkpoints/"))
-        for step in superfluous(complete, saved, self._keep):
-            # The manifest goes first: half a checkpoint is none.
-            self._store.delete(self.uri(step) + MANIFEST_KEY)
-            self._store.delete_prefix(self.uri(step), self._scratch)
+        complete = complete_steps(item.uri for item in self._store.list(self._prefix))
+        self._remove(superfluous(complete, saved, self._keep))

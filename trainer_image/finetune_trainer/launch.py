@@ -1,6 +1,9 @@
 """PID 1 of a pod of the gang: pull once, start one process per GPU, pass on signals, say how it ended.
 
-    run.json -> pull -> ranks (`python -m finetune_trainer.train`, static rendezvous at pod 0) -> termination message
+    run.json -> pull -> for each stage that is not finished: ranks (`python -m finetune_trainer.train`, static
+    rendezvous at pod 0) -> termination message
+
+Each stage has processes of its own: what one leaves behind in torch, DeepSpeed and transformers is none of the next.
 
 The exit code is finetune_api.failures.EXIT_CODES of the first failed rank's reason. A rank tells its own in
 `WorkDir.outcome(rank)`; one that was killed tells nothing, and the kernel's counters speak for it.
@@ -110,8 +113,7 @@ def launch(
     """Runs this pod's part of the gang and returns how it ended. `grace` is in seconds."""
     work = WorkDir.from_env()
     # A container that is started again in the same pod finds what the one before it said.
-    for stale in work.outcomes.glob("*.json"):
-        stale.unlink()
+    _forget_outcomes(work)
     # Some of the grace period is ours: to kill what did not end, and to say so.
     stop_grace = config.grace_seconds - min(10.0, 0.2 * config.grace_seconds)
     killed_before = oom_kills(cgroup)
@@ -126,11 +128,22 @@ def launch(
             text = message.message.replace("rank -1", "the download of the base model and the data")
             return message.model_copy(update={"rank": None, "message": text})
         layout = _layout(config, supervisor, os.environ)
-        log.event("ranks starting", first=layout.first_rank, count=layout.processes, master=layout.master_address)
-        ranks = [_start(supervisor, layout, local, train) for local in range(layout.processes)]
-        supervisor.run(grace, stop_grace, (EXIT_CODES[Reason.PREEMPTED],))
-        ends = [_end(work.outcome(rank), rank, child) for rank, child in enumerate(ranks, layout.first_rank)]
-        message = judge(ends, supervisor.stopped_at, oom_kills(cgroup) > killed_before)
+        stages = [stage.name for stage in config.spec.stages] or [""]
+        for number in range(_finished(work), len(stages)):
+            log.event(
+                "ranks starting",
+                first=layout.first_rank,
+                count=layout.processes,
+                master=layout.master_address,
+                **({"stage": stages[number]} if stages[number] else {}),
+            )
+            _forget_outcomes(work)
+            ranks = [_start(supervisor, layout, number, local, train) for local in range(layout.processes)]
+            supervisor.run(grace, stop_grace, (EXIT_CODES[Reason.PREEMPTED],))
+            ends = [_end(work.outcome(rank), rank, child) for rank, child in enumerate(ranks, layout.first_rank)]
+            message = judge(ends, supervisor.stopped_at, oom_kills(cgroup) > killed_before)
+            if message.reason is not None:
+                break
         if message.victim:
             _let_the_cause_speak(supervisor)
         return message
@@ -161,8 +174,23 @@ def _layout(config: RunConfig, supervisor: Supervisor, env: Mapping[str, str]) -
     )
 
 
-def _start(supervisor: Supervisor, layout: Layout, local: int, command: Sequence[str]) -> Child:
-    own = layout.environment(local)
+def _forget_outcomes(work: WorkDir) -> None:
+    for stale in work.outcomes.glob("*.json"):
+        stale.unlink()
+
+
+def _finished(work: WorkDir) -> int:
+    """How many stages the pull found finished."""
+    try:
+        return int(work.finished.read_text())
+    except FileNotFoundError:
+        return 0
+
+
+def _start(supervisor: Supervisor, layout: Layout, stage: int, local: int, command: Sequence[str]) -> Child:
+    own = layout.environment(local) | {"FINETUNE_STAGE": str(stage)}
+    # A stage's ranks must not meet the store of the stage before.
+    own["MASTER_PORT"] = str(int(layout.master_port) + stage)
     if threads := os.environ.get("OMP_NUM_THREADS"):
         own["OMP_NUM_THREADS"] = threads
     rank = layout.first_rank + local

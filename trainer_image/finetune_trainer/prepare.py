@@ -10,18 +10,23 @@ import hashlib
 import json
 import os
 import signal
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 from finetune_api.failures import EXIT_CODES, FineTuneError, Reason, TerminationMessage
-from finetune_api.run import PreparedData, PreparedSummary, RunConfig, Shard, Split
+from finetune_api.run import PreparedData, PreparedSummary, RunConfig, Shard, Split, StageSummary
+from finetune_api.sizing import ModelShape
+from finetune_api.stages import EffectiveStage, effective
 from finetune_trainer import log
 from finetune_trainer.data.adapter import inspect_adapter
-from finetune_trainer.data.basemodel import BaseModel, digest, inspect
+from finetune_trainer.data.basemodel import BaseModel, digest, for_tuning, inspect
 from finetune_trainer.data.pipeline import Pipeline
 from finetune_trainer.data.report import DatasetReport, worst
 from finetune_trainer.data.sources import Source, sources
 from finetune_trainer.probe import probe
+from finetune_trainer.runconfig import stage_config
 from finetune_trainer.storage import Store, join
 from finetune_trainer.termination import run, write_termination
 from finetune_trainer.workdir import WorkDir
@@ -49,7 +54,6 @@ def prepare(config: RunConfig) -> TerminationMessage:
     """Raises FineTuneError with the field, file and line of what is wrong."""
     data_uri = join(config.scratch_uri, "data")
     folder = WorkDir.from_env().root / "prepare"
-    folder.mkdir(parents=True, exist_ok=True)
     with Store(config.storage) as store:
         uid = os.environ.get("FINETUNE_POD_UID") or config.job_uid
         probe(store, config.output_uri, uid, "spec.output.uri")
@@ -58,27 +62,98 @@ def prepare(config: RunConfig) -> TerminationMessage:
         )
         model = inspect(store, config.spec)
         log.event("base model inspected", architecture=model.shape.architecture, parameters=model.shape.parameters)
-        if config.spec.training.max_length > model.shape.max_positions:
-            log.event("maxLength exceeds the model's positions", level="warning", positions=model.shape.max_positions)
-        adapter = inspect_adapter(store, config.spec, model)
-        found = sources(store, config.spec)
-        pipeline = Pipeline(
-            store, config.spec, model, folder, lambda path, key: store.upload(path, join(data_uri, key))
+        stages = effective(config.spec)
+        done = {stage.name: prepare_stage(store, config, stage, model, folder) for stage in stages}
+        first = done[stages[0].name]
+        index, sha256, reports = first if not config.spec.stages else _of_all(store, config, model, done)
+    summary = _summary(data_uri, index, sha256, [done[stage.name].data for stage in stages])
+    if config.spec.stages:
+        features = [for_tuning(model, stage.spec.tuning).shape for stage in stages]
+        summary = summary.model_copy(
+            update={"stages": [_stage_summary(done[s.name].data, f) for s, f in zip(stages, features, strict=True)]}
         )
-        for source in found:
-            pipeline.run(source)
-        pipeline.close()
-        _check_enough(config, pipeline)
-        classes = pipeline.classes()
-        store.put_bytes(join(data_uri, "data-report.json"), _report(config, model, pipeline.reports))
-        index = _index(config, model, found, pipeline, classes).model_copy(update={"adapter": adapter})
-        data = index.model_dump_json(by_alias=True, exclude_none=True).encode()
-        store.put_bytes(join(data_uri, "index.json"), data)
-    summary = _summary(data_uri, index, hashlib.sha256(data).hexdigest())
-    return TerminationMessage(prepared=summary.model_copy(update={"message": worst(pipeline.reports)}))
+    return TerminationMessage(prepared=summary.model_copy(update={"message": worst(reports)}))
 
 
-def _count(shards: list[Shard], split: Split) -> int:
+class Prepared(NamedTuple):
+    data: PreparedData
+    sha256: str
+    """Of the index as it was written."""
+    reports: list[DatasetReport]
+
+
+def prepare_stage(store: Store, config: RunConfig, stage: EffectiveStage, model: BaseModel, folder: Path) -> Prepared:
+    """One stage's data, or the job's where it has no stages: shards, data-report.json and, last, index.json.
+
+    `model`: as `inspect` found it; `folder`: for files while they are written. Raises FineTuneError with the field,
+    file and line of what is wrong.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return _prepare_stage(store, stage_config(config, stage), stage, model, folder)
+    except FineTuneError as error:
+        raise FineTuneError(error.reason, stage.named(str(error))) from error
+
+
+def _prepare_stage(store: Store, config: RunConfig, stage: EffectiveStage, model: BaseModel, folder: Path) -> Prepared:
+    data_uri = join(config.scratch_uri, join("data", stage.name)) if stage.name else join(config.scratch_uri, "data")
+    model = for_tuning(model, config.spec.tuning)
+    if config.spec.training.max_length > model.shape.max_positions:
+        log.event("maxLength exceeds the model's positions", level="warning", positions=model.shape.max_positions)
+    adapter = inspect_adapter(store, config.spec, model)
+    found = sources(store, config.spec)
+    pipeline = Pipeline(store, config.spec, model, folder, lambda path, key: store.upload(path, join(data_uri, key)))
+    for source in found:
+        pipeline.run(source)
+    pipeline.close()
+    _check_enough(config, pipeline)
+    classes = pipeline.classes()
+    store.put_bytes(join(data_uri, "data-report.json"), _report(config, model, pipeline.reports))
+    index = _index(config, model, found, pipeline, classes).model_copy(update={"adapter": adapter})
+    return Prepared(index, _write_index(store, data_uri, index), pipeline.reports)
+
+
+def _write_index(store: Store, data_uri: str, index: PreparedData) -> str:
+    data = index.model_dump_json(by_alias=True, exclude_none=True).encode()
+    store.put_bytes(join(data_uri, "index.json"), data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def _of_all(store: Store, config: RunConfig, model: BaseModel, done: Mapping[str, Prepared]) -> Prepared:
+    """The job's own report and index: what all stages read, and which indexes they have."""
+    data_uri = join(config.scratch_uri, "data")
+    reports = [report for stage in done.values() for report in stage.reports]
+    index = PreparedData(
+        job_uid=config.job_uid,
+        spec_sha256=config.spec_sha256,
+        inputs=list({pin.uri: pin for stage in done.values() for pin in stage.data.inputs}.values()),
+        datasets_sha256={
+            f"{name}/{dataset}": sha256
+            for name, stage in done.items()
+            for dataset, sha256 in stage.data.datasets_sha256.items()
+        },
+        base_model=model.files,
+        base_model_sha256=model.sha256,
+        adapter=next((stage.data.adapter for stage in done.values() if stage.data.adapter), []),
+        model=model.shape,
+        shards=[],
+        dropped=_added([stage.data.dropped for stage in done.values()]),
+        max_tokens=max(stage.data.max_tokens for stage in done.values()),
+        stages={name: stage.sha256 for name, stage in done.items()},
+    )
+    store.put_bytes(join(data_uri, "data-report.json"), _report(config, model, reports))
+    return Prepared(index, _write_index(store, data_uri, index), reports)
+
+
+def _added(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for part in counts:
+        for cause, count in part.items():
+            total[cause] = total.get(cause, 0) + count
+    return total
+
+
+def _count(shards: Sequence[Shard], split: Split) -> int:
     return sum(shard.rows for shard in shards if shard.split == split)
 
 
@@ -117,10 +192,6 @@ def _report(config: RunConfig, model: BaseModel, reports: list[DatasetReport]) -
 def _index(
     config: RunConfig, model: BaseModel, found: list[Source], pipeline: Pipeline, classes: list[str]
 ) -> PreparedData:
-    dropped: dict[str, int] = {}
-    for report in pipeline.reports:
-        for cause, count in report.dropped.items():
-            dropped[cause] = dropped.get(cause, 0) + count
     return PreparedData(
         job_uid=config.job_uid,
         spec_sha256=config.spec_sha256,
@@ -138,23 +209,38 @@ def _index(
         kind=pipeline.kind,
         classes=classes,
         shards=pipeline.shards,
-        dropped=dropped,
+        dropped=_added(report.dropped for report in pipeline.reports),
         max_tokens=max(
             (lengths.longest for report in pipeline.reports for lengths in report.splits.values()), default=0
         ),
     )
 
 
-def _summary(data_uri: str, index: PreparedData, sha256: str) -> PreparedSummary:
+def _summary(data_uri: str, index: PreparedData, sha256: str, parts: Sequence[PreparedData]) -> PreparedSummary:
+    """`parts`: the indexes that have shards."""
+    shards = [shard for part in parts for shard in part.shards]
     return PreparedSummary(
         index_uri=join(data_uri, "index.json"),
         index_sha256=sha256,
         report_uri=join(data_uri, "data-report.json"),
         model=index.model,
-        train_examples=_count(index.shards, "train"),
-        validation_examples=_count(index.shards, "validation"),
-        test_examples=_count(index.shards, "test"),
-        train_tokens=sum(shard.tokens + shard.rejected_tokens for shard in index.shards if shard.split == "train"),
+        train_examples=_count(shards, "train"),
+        validation_examples=_count(shards, "validation"),
+        test_examples=_count(shards, "test"),
+        train_tokens=_train_tokens(shards),
         dropped=sum(index.dropped.values()),
         max_tokens=index.max_tokens,
     )
+
+
+def _stage_summary(index: PreparedData, shape: ModelShape) -> StageSummary:
+    return StageSummary(
+        train_tokens=_train_tokens(index.shards),
+        max_tokens=index.max_tokens,
+        target_features=shape.target_features,
+        target_outputs=shape.target_outputs,
+    )
+
+
+def _train_tokens(shards: Sequence[Shard]) -> int:
+    return sum(shard.tokens + shard.rejected_tokens for shard in shards if shard.split == "train")

@@ -36,7 +36,7 @@ def publish(
     directory: Path,
     uri: str,
     *,
-    kind: Literal["Adapter", "Model", "Checkpoint"],
+    kind: Literal["Adapter", "Model", "Rows", "Checkpoint"],
     step: int,
     created_time: str,
     run: RunInfo | None = None,

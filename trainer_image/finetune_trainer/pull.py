@@ -6,14 +6,18 @@ A process of its own, so that the launcher stays small and a signal ends it at o
 import hashlib
 import shutil
 import sys
+from typing import NamedTuple
 
 from finetune_api.failures import FineTuneError, Reason
 from finetune_api.manifest import MANIFEST_KEY
-from finetune_api.run import PreparedData, PreparedSummary, RunConfig
+from finetune_api.run import PreparedData, RunConfig
+from finetune_api.stages import effective
 from finetune_trainer import log
 from finetune_trainer.outcome import guarded
 from finetune_trainer.publish import MANIFEST_LIMIT, parse_manifest
+from finetune_trainer.results import fetch_result, is_finished
 from finetune_trainer.runconfig import read_config
+from finetune_trainer.start import needed
 from finetune_trainer.storage import Store, Wanted, join
 from finetune_trainer.storage_errors import ObjectChanged, ObjectMissing
 from finetune_trainer.workdir import WorkDir
@@ -21,9 +25,8 @@ from finetune_trainer.workdir import WorkDir
 INDEX_LIMIT = 64 * 2**20
 
 
-def read_index(store: Store, prepared: PreparedSummary) -> bytes:
-    """data/index.json, exactly as `prepare` wrote it."""
-    uri, expected = prepared.index_uri, prepared.index_sha256
+def read_index(store: Store, uri: str, expected: str) -> bytes:
+    """An index.json, exactly as `prepare` wrote it."""
     data = store.get_bytes(uri, INDEX_LIMIT)
     if hashlib.sha256(data).hexdigest() != expected:
         raise FineTuneError(Reason.DATA_INVALID, f"{uri} is not the index that `prepare` wrote for this job")
@@ -53,17 +56,39 @@ def shard_files(store: Store, index_uri: str, index: PreparedData, work: WorkDir
     ]
 
 
+class Part(NamedTuple):
+    """What lies below one index: of a job with stages each has its own."""
+
+    uri: str
+    data: bytes
+    prepared: PreparedData
+
+
+def _part(store: Store, uri: str, sha256: str) -> Part:
+    data = read_index(store, uri, sha256)
+    return Part(uri, data, PreparedData.model_validate_json(data))
+
+
 def pull(config: RunConfig, work: WorkDir) -> None:
     """Raises ModelInvalid or DataInvalid where something is no longer what was prepared."""
     prepared = config.prepared
     if prepared is None:
         raise FineTuneError(Reason.INVALID_SPEC, "run.json: `prepared` is required for training")
     with Store(config.storage) as store:
-        data = read_index(store, prepared)
+        uri = prepared.index_uri
+        data = read_index(store, uri, prepared.index_sha256)
         index = PreparedData.model_validate_json(data)
+        parts = {"": Part(uri, data, index)} | {
+            name: _part(store, join(uri.rpartition("/")[0], f"{name}/index.json"), sha256)
+            for name, sha256 in index.stages.items()
+        }
         model = model_files(config, index, work)
         adapter = adapter_files(store, index, work)
-        shards = shard_files(store, prepared.index_uri, index, work)
+        shards = [
+            wanted
+            for name, part in parts.items()
+            for wanted in shard_files(store, part.uri, part.prepared, work.of_stage(name))
+        ]
         total = sum(wanted.pinned.size for wanted in model + adapter + shards)
         work.root.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(work.root).free
@@ -83,8 +108,27 @@ def pull(config: RunConfig, work: WorkDir) -> None:
             raise FineTuneError(Reason.MODEL_INVALID, f"spec.baseModel.adapterUri: {error}") from error
         store.download_many(shards, progress.add)
         progress.close()
-        work.data.mkdir(exist_ok=True)
-        work.index.write_bytes(data)
+        for name, part in parts.items():
+            place = work.of_stage(name)
+            place.data.mkdir(parents=True, exist_ok=True)
+            place.index.write_bytes(part.data)
+        work.finished.write_text(str(_finished(store, config, work)))
+
+
+def _finished(store: Store, config: RunConfig, work: WorkDir) -> int:
+    """How many stages need not run again; what the next one starts from is there then."""
+    stages = effective(config.spec)
+    count = 0
+    # The last stage publishes the job's output and leaves nothing else.
+    while count < len(stages) - 1 and is_finished(store, config, stages[count]):
+        count += 1
+    for number in needed(stages, count):
+        try:
+            fetch_result(store, config, work, stages[number])
+        except (ObjectChanged, ObjectMissing) as error:
+            log.event("stage result skipped", level="warning", stage=stages[number].name, why=str(error))
+            return number
+    return count
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from finetune_api.failures import FineTuneError, Reason
 from finetune_api.model import problems_of
 from finetune_api.run import RunConfig
+from finetune_api.stages import EffectiveStage
 
 
 def read_config() -> RunConfig:
@@ -20,3 +21,11 @@ def read_config() -> RunConfig:
         raise FineTuneError(Reason.INVALID_SPEC, f"{path.name}: {problems}") from error
     except OSError as error:
         raise FineTuneError(Reason.INVALID_SPEC, f"{path} cannot be read: {error.strerror}") from error
+
+
+def stage_config(config: RunConfig, stage: EffectiveStage) -> RunConfig:
+    """What a pod would be told of a job that is this stage alone."""
+    if not stage.name:
+        return config
+    sizing = config.stage_sizings[stage.number] if config.stage_sizings else None
+    return config.model_copy(update={"spec": stage.spec, "sizing": sizing, "stage_sizings": []})

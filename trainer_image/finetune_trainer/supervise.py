@@ -148,7 +148,7 @@ class Supervisor:
             self._reap(ended.si_pid)
 
     def _reap(self, pid: int) -> None:
-        child = next((c for c in self.children if c.pid == pid), None)
+        child = next((c for c in self.running if c.pid == pid), None)
         if child is not None:
             # Before it is reaped its process group cannot be another's: what it left behind ends with it.
             _kill_group(pid)

@@ -1,9 +1,10 @@
-"""What each rank runs, `python -m finetune_trainer.train`, from top to bottom.
+"""What each rank runs of one stage, `python -m finetune_trainer.train`, from top to bottom.
 
     run.json -> process group -> data and model from the pod's disk -> newest checkpoint -> evaluate -> train
     -> evaluate -> save -> publish -> outcome
 
-The launcher has pulled everything and set RANK and its like. How it ended stands in `WorkDir.outcome(rank)`.
+The launcher has pulled everything and set RANK and its like, and FINETUNE_STAGE. How it ended stands in
+`WorkDir.outcome(rank)`.
 """
 
 import logging
@@ -12,7 +13,7 @@ import sys
 import time
 import traceback
 import warnings
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
@@ -20,10 +21,9 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import set_seed
 
 from finetune_api.failures import FineTuneError, Reason, TerminationMessage, TrainingResult
-from finetune_api.manifest import RunInfo
 from finetune_api.run import RunConfig
 from finetune_api.sizing import Sizing
-from finetune_trainer import arguments, card, distributed, log, model, save, state, tuning
+from finetune_trainer import arguments, distributed, log, model, state, tuning
 from finetune_trainer.batches import Plan
 from finetune_trainer.callbacks import Journal, Progress, Seeds, Signals, Steering
 from finetune_trainer.checkpoint import Checkpoints, Resumed
@@ -31,19 +31,22 @@ from finetune_trainer.distributed import Ranks
 from finetune_trainer.feed import Data, load_data, micro_batches, packed
 from finetune_trainer.methods import make_trainer, task_of
 from finetune_trainer.outcome import failure_of, write_outcome
+from finetune_trainer.output import Trained, publish_output, publish_stage, save_output
 from finetune_trainer.pace import Pace
-from finetune_trainer.publish import now, publish
 from finetune_trainer.report import Reporter
 from finetune_trainer.runconfig import read_config
+from finetune_trainer.start import StageRun
 from finetune_trainer.storage import Store
 from finetune_trainer.workdir import WorkDir
 
 
-def train(config: RunConfig, work: WorkDir, signals: Signals, reporter: Reporter, end: "End") -> None:
+def train(run: StageRun, signals: Signals, reporter: Reporter, end: "End") -> None:
+    config, work = run.config, run.work
     spec, sizing = config.spec, sizing_of(config)
     reporter.phase("Loading")
     ranks = distributed.start(config.devices, zero=sizing.strategy != "DDP")
     store = Store(config.storage)
+    start = run.make_ready(store, ranks)
     data = load_data(config, work, ranks)
 
     # The arguments come before the model: under ZeRO-3 it is partitioned while it loads.
@@ -51,10 +54,11 @@ def train(config: RunConfig, work: WorkDir, signals: Signals, reporter: Reporter
     args = make_arguments(config, work, data.plan, dtype)
     place = ranks.device if sizing.strategy != "ZeRO3" else None
     attention = model.attention_of(dtype, config.devices)
-    task = task_of(spec.method)
+    task, classes = task_of(spec.method, data.prepared.kind), data.prepared.classes
     # A head that the base model lacks is made of random numbers.
     set_seed(spec.training.seed)
-    base = model.load_model(work.model, dtype, attention, place, model.quantization_of(spec.tuning, dtype), task)
+    quantization = model.quantization_of(spec.tuning, dtype)
+    base = model.load_model(start.model, dtype, attention, place, quantization, task, classes)
     tuned = tuning.tune(
         base,
         spec.tuning,
@@ -62,7 +66,7 @@ def train(config: RunConfig, work: WorkDir, signals: Signals, reporter: Reporter
         spec.training.seed,
         sizing.gradient_checkpointing,
         masters=sizing.strategy == "DDP",
-        earlier=work.adapter if spec.base_model.adapter_uri else None,
+        earlier=start.adapter,
         task=task,
     )
     initial = tuning.initial_of(tuned, spec.tuning)
@@ -90,16 +94,14 @@ def train(config: RunConfig, work: WorkDir, signals: Signals, reporter: Reporter
     parameters, _, _ = state.capture(trainer)
     distributed.stop(ranks)
     if ranks.is_main:
-        if spec.tuning.is_adapter:
-            save.save_adapter(tuned, parameters, initial, work.output)
-            if spec.output.merged:
-                merged = work.output / "merged"
-                save.save_merged(work.model, spec.tuning, dtype, task, work.output, merged)
-                save.copy_tokenizer(work.model, merged)
-        else:
-            save.save_model(work.model, dtype, parameters, work.output)
-        end.result = publish_output(config, work, store, data, journal, metrics, reporter)
+        kind = save_output(run, Trained(tuned, parameters, initial, dtype, task, classes))
+        # A stage's checkpoints may go once its result is there, and not before the last of them is.
         checkpoints.wait()
+        if run.is_last:
+            end.result = publish_output(run, store, data, journal, metrics, reporter, kind)
+        else:
+            publish_stage(run, store, journal, metrics)
+            checkpoints.remove()
 
 
 def sizing_of(config: RunConfig) -> Sizing:
@@ -173,50 +175,14 @@ def steer(
 
 def figures(trainer: Any, data: Data, ranks: Ranks, sizing: Sizing, suffix: str) -> dict[str, float]:
     """What the method measures on the validation data, exact over all ranks; nothing where there is none."""
-    if not data.held_out:
+    held = data.held.get("validation")
+    if held is None:
         return {}
-    found: dict[str, float] = trainer.measure(data.validation, ranks, sizing.micro_batch_size)
+    found: dict[str, float] = trainer.measure(held.data, ranks, sizing.micro_batch_size, held.groups)
     if ranks.is_main:
         shown: dict[str, Any] = {name: round(value, 4) for name, value in found.items()}
         log.event("evaluated", when=suffix.lower() or "after", examples=data.held_out, **shown)
     return {f"{name}{suffix}": value for name, value in found.items()}
-
-
-def publish_output(
-    config: RunConfig,
-    work: WorkDir,
-    store: Store,
-    data: Data,
-    journal: Journal,
-    metrics: dict[str, float],
-    reporter: Reporter,
-) -> TrainingResult:
-    """Rank 0: what was saved, below the attempt's own UID, its manifest last."""
-    save.copy_tokenizer(work.model, work.output)
-    attempt_uid = os.environ["FINETUNE_ATTEMPT_UID"]
-    run = RunInfo(
-        namespace=config.namespace,
-        job=config.job,
-        job_uid=config.job_uid,
-        attempt=config.attempt or 0,
-        attempt_uid=attempt_uid,
-        spec_sha256=config.spec_sha256,
-        base_model_uri=config.spec.base_model.uri,
-        base_model_sha256=data.prepared.base_model_sha256,
-        datasets_sha256=data.prepared.datasets_sha256,
-        image=config.image,
-        metrics=metrics,
-    )
-    (work.output / "README.md").write_text(
-        card.model_card(config, data.prepared, run, journal.history, journal.seconds)
-    )
-    (work.output / "metrics.jsonl").write_text(card.metrics_lines(journal.history, metrics))
-    reporter.phase("Publishing")
-    uri = f"{config.output_uri.rstrip('/')}/{attempt_uid}/"
-    kind: Literal["Adapter", "Model"] = "Adapter" if config.spec.tuning.is_adapter else "Model"
-    done = publish(store, work.output, uri, kind=kind, step=journal.step, created_time=now(), run=run)
-    log.event("published", uri=uri, bytes=done.size, manifest_sha256=done.manifest_sha256)
-    return TrainingResult(uri=uri, manifest_sha256=done.manifest_sha256, size_bytes=done.size, metrics=metrics)
 
 
 class End:
@@ -256,12 +222,13 @@ def quiet_libraries() -> None:
 
 def main() -> int:
     work, rank, end = WorkDir.from_env(), int(os.environ["RANK"]), End()
+    number = int(os.environ.get("FINETUNE_STAGE", "0"))
     quiet_libraries()
     # Our own reports say more; both would be posted.
     os.environ["DISABLE_KUBEFLOW_INTEGRATION"] = "TRUE"
     reporter = Reporter.from_env(enabled=rank == 0)
     try:
-        train(read_config(), work, Signals(), reporter, end)
+        train(StageRun(read_config(), number, work.root), Signals(), reporter, end)
     except Exception as error:
         if not isinstance(error, FineTuneError):
             traceback.print_exc()

@@ -1,5 +1,7 @@
 """Where things lie below $FINETUNE_WORK_DIR: the one place that the launcher and the ranks agree on.
 
+A stage of a job with stages has folders of its own in `data`, `checkpoints` and `output`; else they are the job's.
+
 model/                    the base model, as pulled (config.json, *.safetensors, tokenizer files)
 adapter/                  the earlier adapter, where the job starts from one
 data/index.json           finetune_api.run.PreparedData
@@ -7,6 +9,9 @@ data/<Shard.key>          every shard under its key
 checkpoints/step-…/       checkpoints, being written or being resumed
 output/                   what is published
 outcomes/rank-<r>.json    how rank r ended
+finished                  how many stages were finished by earlier attempts
+stages/<name>/            the result of a stage that is finished
+merged/<name>/            that result's adapter worked into the model that it was trained on
 """
 
 import os
@@ -17,6 +22,7 @@ from pathlib import Path
 @dataclass(frozen=True)
 class WorkDir:
     root: Path
+    stage: str = ""
 
     @classmethod
     def from_env(cls) -> "WorkDir":
@@ -32,7 +38,7 @@ class WorkDir:
 
     @property
     def data(self) -> Path:
-        return self.root / "data"
+        return self.root / "data" / self.stage
 
     @property
     def index(self) -> Path:
@@ -44,11 +50,25 @@ class WorkDir:
 
     @property
     def checkpoints(self) -> Path:
-        return self.root / "checkpoints"
+        return self.root / "checkpoints" / self.stage
 
     @property
     def output(self) -> Path:
-        return self.root / "output"
+        return self.root / "output" / self.stage
+
+    def of_stage(self, name: str) -> "WorkDir":
+        return WorkDir(self.root, name)
+
+    @property
+    def finished(self) -> Path:
+        """Written by the pull, read by the launcher: how many stages need not run again."""
+        return self.root / "finished"
+
+    def result(self, stage: str) -> Path:
+        return self.root / "stages" / stage
+
+    def merged(self, stage: str) -> Path:
+        return self.root / "merged" / stage
 
     @property
     def outcomes(self) -> Path:

@@ -11,6 +11,7 @@ from finetune_api.failures import FineTuneError, Reason
 from finetune_api.job import FineTuneJobSpec
 from finetune_api.run import PinnedObject
 from finetune_api.sizing import ModelShape
+from finetune_api.tuning import Tuning
 from finetune_trainer.data.modelshape import (
     Tensor,
     invalid,
@@ -19,6 +20,7 @@ from finetune_trainer.data.modelshape import (
     number,
     parse_config,
     parse_header,
+    targets,
 )
 from finetune_trainer.data.templates import DEFAULT_CHAT_TEMPLATE, BadTemplate, ChatTemplate
 from finetune_trainer.data.tokenise import Encoder
@@ -52,6 +54,12 @@ class BaseModel(NamedTuple):
     has_chat_template: bool
     linears: Mapping[str, Tensor]
     """Shapes of the linear layers but the head, by module."""
+
+
+def for_tuning(model: BaseModel, tuning: Tuning) -> BaseModel:
+    """The same model as a stage sees it. Raises InvalidSpec where a target does not exist."""
+    shape = model.shape.model_copy(update=targets(model.linears, tuning, model.shape.architecture))
+    return model._replace(shape=shape)
 
 
 def digest(pins: list[PinnedObject], prefix: str) -> str:

@@ -136,12 +136,21 @@ def features(linear: Tensor, architecture: str) -> tuple[int, int]:
     return (first, second) if architecture == "GPT2LMHeadModel" else (second, first)
 
 
+def targets(linears: Mapping[str, Tensor], tuning: Tuning, architecture: str) -> dict[str, int]:
+    """What of ModelShape depends on the tuning. Raises InvalidSpec."""
+    chosen = targeted(linears, tuning).values()
+    return {
+        "target_features": sum(sum(tensor.shape) for tensor in chosen),
+        "target_outputs": sum(features(tensor, architecture)[1] for tensor in chosen),
+    }
+
+
 def model_shape(config: Mapping[str, Any], tensors: Mapping[str, Tensor], tuning: Tuning, uri: str) -> ModelShape:
     """Raises ModelInvalid, or InvalidSpec for a target that does not exist."""
     linears = linear_modules(tensors)
     if not linears:
         raise invalid(f"{uri}: the weights have no linear layers")
-    chosen = targeted(linears, tuning).values()
+    architecture = config["architectures"][0]
     hidden, vocab = number(config, "hidden_size", uri), number(config, "vocab_size", uri)
     layers = number(config, "layers", uri)
     by_layer: dict[str, int] = {}
@@ -154,14 +163,13 @@ def model_shape(config: Mapping[str, Any], tensors: Mapping[str, Tensor], tuning
     if dtype not in _NAMES:
         raise invalid(f"{uri}: found weights of type {dtype}; BF16, F16 and F32 are supported")
     return ModelShape(
-        architecture=config["architectures"][0],
+        architecture=architecture,
         parameters=sum(tensor.size for tensor in tensors.values()),
         hidden_size=hidden,
         layers=layers,
         vocab_size=vocab,
         linear_parameters=sum(tensor.size for tensor in linears.values()),
-        target_features=sum(sum(tensor.shape) for tensor in chosen),
-        target_outputs=sum(features(tensor, config["architectures"][0])[1] for tensor in chosen),
+        **targets(linears, tuning, architecture),
         block_parameters=sum(count for name, count in by_layer.items() if name not in tensors) // layers,
         key_value_size=_key_value_size(config, hidden, uri),
         largest_layer_parameters=max(by_layer.values()),
