@@ -90,6 +90,8 @@ class Request(ApiModel):
     """Tokens of the longest row that a rank sees."""
     sequences: Annotated[int, Field(ge=1)] = 1
     """Rows of one example: two where a pair goes through the model together."""
+    head: bool = False
+    """Whether a head in place of the vocabulary reads the last token of a row: no logits for each token then."""
     global_batch_size: Annotated[int, Field(ge=1)]
     micro_batch_size: Count = 0
     world_size: Annotated[int, Field(ge=1)]
@@ -166,7 +168,7 @@ def _activations(shape: ModelShape, request: Request, device: Device, micro: int
     tokens = (request.sequence_length + request.tuning.virtual_tokens) * request.sequences * micro
     block = 34 * tokens * shape.hidden_size * scale
     inner = 2 * tokens * shape.hidden_size * shape.layers * scale + block if checkpointing else block * shape.layers
-    return inner + 10 * tokens * shape.vocab_size
+    return inner if request.head else inner + 10 * tokens * shape.vocab_size
 
 
 def size(shape: ModelShape, request: Request, device: Device) -> Sizing:

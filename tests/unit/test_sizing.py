@@ -100,3 +100,9 @@ def test_memory_falls_with_each_stage_and_grows_with_each_cost() -> None:
 def test_freezing_all_layers_never_trains_more_than_there_is() -> None:
     tuning = Tuning(type="Freeze", freeze=Freeze(trainable_layers=1000))
     assert trainable_parameters(SHAPE_8B, tuning) <= SHAPE_8B.parameters
+
+
+def test_a_head_needs_no_logits_for_each_token() -> None:
+    tokens = memory(SHAPE_8B, request(), gpu(80), "DDP", 4, True)
+    rows = memory(SHAPE_8B, request(head=True), gpu(80), "DDP", 4, True)
+    assert tokens - rows == pytest.approx(10 * 4 * 2048 * SHAPE_8B.vocab_size)
