@@ -1,6 +1,9 @@
 """What dataPolicy does with rows that stand twice, in the order in which prepare reads them."""
 
+import hashlib
 import random
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -21,7 +24,10 @@ WORDS = random.Random(1).choices([f"word{i}" for i in range(999)], k=400)
 
 class Reading:
     def __init__(self, **policy: object) -> None:
-        self.repeats, self.report = Repeats(DataPolicy.model_validate(policy)), DatasetReport("a")
+        # What it writes has no name: it goes with the object.
+        with tempfile.TemporaryDirectory() as folder:
+            self.repeats = Repeats(DataPolicy.model_validate(policy), Path(folder))
+        self.report = DatasetReport("a")
         self.line = 0
 
     def row(self, source: Source, changed: int, split: Split = "train", text: str = "") -> bool:
@@ -29,7 +35,8 @@ class Reading:
         self.line += 1
         text = text or " ".join([*WORDS[:changed], "changed", *WORDS[changed + 1 :]])
         split = source.split or split
-        row = Candidate(source, f"line {self.line}", split, text.encode(), sketch(text))
+        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        row = Candidate(source, f"line {self.line}", split, digest, sketch(text))
         return self.repeats.passes(self.report, row)
 
 

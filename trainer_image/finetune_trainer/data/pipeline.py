@@ -21,15 +21,15 @@ from finetune_trainer.data.policy import Candidate, Repeats, refuse
 from finetune_trainer.data.readers import Row, place
 from finetune_trainer.data.records import Record, compared_by, digest_of, to_records
 from finetune_trainer.data.report import SAMPLE, DatasetReport
-from finetune_trainer.data.shards import Encoded, ShardWriter, Upload
+from finetune_trainer.data.shards import Encoded, OutlineWriter, ShardWriter, Upload
 from finetune_trainer.data.sources import Source, rows
 from finetune_trainer.data.split import split_of
 from finetune_trainer.data.templates import BadTemplate, RowTemplate
 from finetune_trainer.data.tokenise import Loss, Text, Tokens, lay_out, lay_out_prompt
 from finetune_trainer.storage import Store
 
-BATCH = 512
-"""Texts that are encoded together."""
+BATCH, CHARACTERS = 512, 2**20
+"""Rows that are encoded together; fewer where they are long: the offsets of a token take 100 bytes."""
 PEEK = 50
 """Rows from which the format is found out."""
 
@@ -71,7 +71,8 @@ class Pipeline:
                 f"spec.method: found maxNewTokens {_answer_tokens(spec):,}; the model has "
                 f"{model.shape.max_positions:,} positions for the prompt and the answer",
             )
-        self._repeats = Repeats(self._policy)
+        self._repeats = Repeats(self._policy, folder)
+        self.outline = OutlineWriter(folder / "outline.parquet")
         self._classes = Classes()
         self._guard = Guard(model.encoder.special_tokens, model.encoder.eos)
         self._numbers: dict[Split, int] = {}
@@ -84,8 +85,7 @@ class Pipeline:
         report = DatasetReport(source.dataset.name, files=[f.uri for f in source.files], ignored=source.ignored)
         self.reports.append(report)
         writers: dict[Split, ShardWriter] = {}
-        placed = self._placed(source, report)
-        while batch := list(itertools.islice(placed, BATCH)):
+        for batch in _batches(self._placed(source, report)):
             encoded = iter(self._model.encoder.encode([text for item in batch for text in item.texts]))
             for item in batch:
                 fitted = self._fit(source, report, item, list(itertools.islice(encoded, len(item.texts))))
@@ -94,9 +94,7 @@ class Pipeline:
                 if fitted.label is not None:
                     self._classes.see(fitted.label, item.split, f"{source.field}: {item.where}")
                 if item.split not in writers:
-                    writers[item.split] = ShardWriter(
-                        item.split, source.dataset.name, self.kind, self._folder, self._upload, self._next_number
-                    )
+                    writers[item.split] = self._writer(item.split, source)
                 writers[item.split].add(fitted)
                 report.keep(item.split, fitted)
         for writer in writers.values():
@@ -110,7 +108,14 @@ class Pipeline:
         return self._classes.names() if self.kind == "Classes" else []
 
     def close(self) -> None:
+        self._repeats.close()
+        self.outline.close()
         self._progress.close()
+
+    def _writer(self, split: Split, source: Source) -> ShardWriter:
+        outline = self.outline if split == "train" else None
+        name, number = source.dataset.name, self._next_number
+        return ShardWriter(split, name, self.kind, self._folder, self._upload, number, outline)
 
     def _next_number(self, split: Split) -> int:
         self._numbers[split] = self._numbers.get(split, -1) + 1
@@ -293,6 +298,19 @@ class Pipeline:
         """A prompt keeps its end, which is what is answered; all else keeps its beginning."""
         kept = slice(-self._limit, None) if self.kind == "Prompts" else slice(self._limit)
         return Tokens(tokens.input_ids[kept], tokens.labels[kept])
+
+
+def _batches(placed: Iterator[Placed]) -> Iterator[list[Placed]]:
+    batch: list[Placed] = []
+    characters = 0
+    for item in placed:
+        batch.append(item)
+        characters += sum(len(text.text) for text in item.texts)
+        if len(batch) == BATCH or characters >= CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def _answer_tokens(spec: FineTuneJobSpec) -> int:

@@ -4,12 +4,14 @@ Held-out data sets come first. Rows that a fraction holds out come mixed with th
 split, and of nearly equal ones only the first is kept (unless `duplicates` says otherwise), whichever split it is in.
 """
 
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, get_args
 
 from finetune_api.dataset import DataPolicy
 from finetune_api.failures import FineTuneError, Reason
 from finetune_api.run import Split
 from finetune_trainer import log
+from finetune_trainer.data.digests import Digests
 from finetune_trainer.data.near import NearTexts, Sketch
 from finetune_trainer.data.report import DatasetReport
 from finetune_trainer.data.sources import Source
@@ -43,14 +45,38 @@ class _Near:
             self._known.pop(number - self._texts.capacity, None)
 
 
+class _HeldOut:
+    """Contents with the split that they are in."""
+
+    def __init__(self, path: Path) -> None:
+        self._digests = Digests(path)
+
+    def find(self, digest: bytes) -> Split | None:
+        tag = self._digests.find(digest)
+        return None if tag is None else _HELD_OUT[tag]
+
+    def add(self, digest: bytes, split: Split) -> None:
+        self._digests.add(digest, _HELD_OUT.index(split))
+
+    def close(self) -> None:
+        self._digests.close()
+
+
+_HELD_OUT: tuple[Split, ...] = tuple(split for split in get_args(Split) if split != "train")
+
+
 class Repeats:
     """Duplicates within training data, and training data that is held out too."""
 
-    def __init__(self, policy: DataPolicy) -> None:
+    def __init__(self, policy: DataPolicy, folder: Path) -> None:
+        """`folder`: takes what is remembered of each row."""
         self._policy = policy
-        self._seen: set[bytes] = set()
-        self._held_out: dict[bytes, Split] = {}
+        self._seen, self._held_out = Digests(folder / "seen"), _HeldOut(folder / "held-out")
         self._near, self._near_held_out = _Near(policy.similarity), _Near(policy.similarity)
+
+    def close(self) -> None:
+        self._seen.close()
+        self._held_out.close()
 
     def passes(self, report: DatasetReport, row: Candidate) -> bool:
         """Whether the row stays. Raises DataLeakage or DataInvalid where the policy is Fail."""
@@ -65,15 +91,15 @@ class Repeats:
         if row.split == "train":
             self._seen.add(row.digest)
         else:
-            self._held_out.setdefault(row.digest, row.split)
+            self._held_out.add(row.digest, row.split)
         return True
 
     def is_held_out(self, row: Candidate) -> bool:
         """Whether a training row is in the held-out data sets too, or nearly so."""
-        return row.digest in self._held_out or self._near_held_out.find(row) is not None
+        return self._held_out.find(row.digest) is not None or self._near_held_out.find(row) is not None
 
     def _held_apart(self, report: DatasetReport, row: Candidate) -> bool:
-        other = self._held_out.get(row.digest)
+        other = self._held_out.find(row.digest)
         if other is not None and other != row.split:
             return self._leak(report, row, f"{row.where} is in the {other} data too")
         near = self._near_held_out.find(row)
@@ -82,7 +108,7 @@ class Repeats:
         return True
 
     def _is_new(self, report: DatasetReport, row: Candidate) -> bool:
-        if row.split == "train" and row.digest in self._seen:
+        if row.split == "train" and self._seen.find(row.digest) is not None:
             return self._duplicate(report, row, "duplicate", f"{row.where} has the content of an earlier row")
         near = self._near.find(row)
         if not near or (near[1] == row.split != "train"):

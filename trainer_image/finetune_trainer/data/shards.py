@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -39,12 +40,13 @@ class _Lists:
 
     def __init__(self) -> None:
         self.ids, self.labels = array.array("i"), array.array("i")
-        self._ends = array.array("i", [0])
+        self._ends, self._trained = array.array("i", [0]), array.array("i")
 
     def add(self, tokens: Tokens) -> None:
         self.ids.extend(tokens.input_ids)
         self.labels.extend(tokens.labels)
         self._ends.append(len(self.ids))
+        self._trained.append(tokens.trained)
 
     def columns(self, prefix: str) -> dict[str, pa.Array]:
         ends = _int32(self._ends)
@@ -52,6 +54,29 @@ class _Lists:
             f"{prefix}input_ids": pa.ListArray.from_arrays(ends, _int32(self.ids)),
             f"{prefix}labels": pa.ListArray.from_arrays(ends, _int32(self.labels)),
         }
+
+    def outline(self, prefix: str) -> dict[str, pa.Array]:
+        ends = np.frombuffer(self._ends, dtype=np.int32)
+        return {f"{prefix}length": pa.array(np.diff(ends)), f"{prefix}trained": _int32(self._trained)}
+
+
+class OutlineWriter:
+    """What is known of each training row without its tokens: see `finetune_api.run.Outline`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: pq.ParquetWriter | None = None
+
+    def add(self, columns: dict[str, pa.Array]) -> None:
+        """The rows of one shard, in the order of the shards."""
+        table = pa.table(columns)
+        if self._file is None:
+            self._file = pq.ParquetWriter(self.path, table.schema, compression="zstd")
+        self._file.write_table(table)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 class ShardWriter:
@@ -65,8 +90,9 @@ class ShardWriter:
         folder: Path,
         upload: Upload,
         next_number: Callable[[Split], int],
+        outline: OutlineWriter | None = None,
     ) -> None:
-        self._kind = kind
+        self._kind, self._outline = kind, outline
         self._split, self._dataset, self._folder, self._upload = split, dataset, folder, upload
         self._next_number = next_number
         self.shards: list[Shard] = []
@@ -87,7 +113,12 @@ class ShardWriter:
             return
         key = f"{self._split}/{self._next_number(self._split):05}.parquet"
         path = self._folder / key.replace("/", "-")
-        pq.write_table(pa.table(self._columns()), path, compression="zstd")
+        columns = self._columns()
+        pq.write_table(pa.table(columns), path, compression="zstd")
+        if self._outline:
+            known = {name: column for name, column in columns.items() if not pa.types.is_list(column.type)}
+            lengths = self._chosen.outline("") | (self._rejected.outline("rejected_") if self._kind == "Pairs" else {})
+            self._outline.add(lengths | known)
         size, sha256 = self._upload(path, key)
         path.unlink()
         self.shards.append(
