@@ -56,6 +56,15 @@ class PPO(ApiModel):
     max_new_tokens: AnswerTokens = 128
     temperature: Temperature = 1.0
 
+    @property
+    def updates(self) -> int:
+        return self.ppo_epochs
+
+    @property
+    def answers(self) -> int:
+        """To each prompt."""
+        return 1
+
 
 class RewardExpression(ApiModel):
     """A rule that scores an answer; the weighted scores are added up."""
@@ -89,6 +98,15 @@ class GRPO(ApiModel):
     max_new_tokens: AnswerTokens = 128
     temperature: Temperature = 1.0
 
+    @property
+    def updates(self) -> int:
+        return self.iterations
+
+    @property
+    def answers(self) -> int:
+        """To each prompt."""
+        return self.generations
+
 
 class Method(ApiModel):
     union: ClassVar = {
@@ -108,3 +126,14 @@ class Method(ApiModel):
     reward: Reward | None = None
     ppo: PPO | None = None
     grpo: GRPO | None = None
+
+    @property
+    def rollout(self) -> PPO | GRPO | None:
+        """The method's settings where it learns from the model's own answers; None elsewhere."""
+        match self.type:
+            case "PPO":
+                return self.ppo or PPO()
+            case "GRPO":
+                return self.grpo or GRPO()
+            case _:
+                return None
