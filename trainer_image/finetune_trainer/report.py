@@ -55,6 +55,7 @@ class Reporter:
     def __init__(self, server: Server | None, enabled: bool = True, min_seconds: float = MIN_SECONDS) -> None:
         self._server, self._enabled, self._min_seconds = server, enabled, min_seconds
         self._status = TrainerStatus()
+        self._before, self._share = 0.0, 1.0
         self._changed = threading.Condition()
         self._dirty = self._urgent = self._closing = False
         self._failures: set[str] = set()
@@ -71,6 +72,12 @@ class Reporter:
         token, ca = (os.environ.get(f"KUBEFLOW_TRAINER_SERVER_{name}") for name in ("TOKEN", "CA_CERT"))
         return cls(Server(url, Path(token) if token else None, Path(ca) if ca else None))
 
+    def stage(self, name: str, before: float, share: float) -> None:
+        """The stage that the reports are of; `before` and `share`: what lies before it, and what it is, of the job."""
+        self._before, self._share = before, share
+        if name:
+            self._update(stage=name)
+
     def phase(self, phase: Phase) -> None:
         """Sent at once: people wait for it."""
         if self._enabled:
@@ -81,7 +88,7 @@ class Reporter:
         self._update(
             step=step,
             total_steps=total_steps,
-            progress_percentage=min(100, 100 * step // max(1, total_steps)),
+            progress_percentage=min(100, int(100 * (self._before + self._share * step / max(1, total_steps)) + 1e-9)),
             estimated_remaining_seconds=None if remaining_seconds is None else max(0, round(remaining_seconds)),
             metrics=[Metric(name=name, value=f"{value:.6g}") for name, value in metrics.items()],
         )

@@ -97,6 +97,13 @@ class StageRun:
         """In words."""
         return in_words(self.stages, self.number)
 
+    def span(self) -> tuple[float, float]:
+        """The share of the job's steps that lies before this stage, and the share that it is."""
+        if not self.stage.name:
+            return 0.0, 1.0
+        steps = [float(_steps(stage, WorkDir(self.root, stage.name).index)) for stage in self.stages]
+        return sum(steps[: self.number]) / sum(steps), steps[self.number] / sum(steps)
+
     def make_ready(self, store: Store, ranks: "Ranks") -> Start:
         """Collective: one rank of each pod fetches and merges what the stage starts from. Raises FineTuneError."""
         if ranks.local_rank == 0:
@@ -105,6 +112,20 @@ class StageRun:
             log.event("stage starts", stage=self.stage.name, number=self.number, origin=self.origin)
         ranks.barrier()
         return self.start
+
+
+def _steps(stage: EffectiveStage, index: Path) -> int:
+    """About as many as it trains: packed rows are counted as if they were full."""
+    training, sft = stage.spec.training, stage.spec.method.sft
+    if training.max_steps or not index.exists():
+        # What an earlier stage writes is not there yet.
+        return training.max_steps or 1
+    prepared = PreparedData.model_validate_json(index.read_bytes())
+    shards = [shard for shard in prepared.shards if shard.split == "train"]
+    rows = sum(shard.rows for shard in shards)
+    if sft and sft.packing:
+        rows = sum(shard.tokens for shard in shards) // training.max_length
+    return max(1, round((training.epochs or 1.0) * rows / training.global_batch_size))
 
 
 def needed(stages: Sequence[EffectiveStage], number: int) -> list[int]:

@@ -29,6 +29,7 @@ from finetune_trainer.callbacks import Journal, Progress, Seeds, Signals, Steeri
 from finetune_trainer.checkpoint import Checkpoints, Resumed
 from finetune_trainer.distributed import Ranks
 from finetune_trainer.feed import Data, load_data, micro_batches, packed
+from finetune_trainer.forgetting import retained
 from finetune_trainer.methods import make_trainer, task_of
 from finetune_trainer.outcome import failure_of, write_outcome
 from finetune_trainer.output import Trained, publish_output, publish_stage, save_output
@@ -43,6 +44,7 @@ from finetune_trainer.workdir import WorkDir
 def train(run: StageRun, signals: Signals, reporter: Reporter, end: "End") -> None:
     config, work = run.config, run.work
     spec, sizing = config.spec, sizing_of(config)
+    reporter.stage(run.stage.name, *run.span())
     reporter.phase("Loading")
     ranks = distributed.start(config.devices, zero=sizing.strategy != "DDP")
     store = Store(config.storage)
@@ -89,6 +91,7 @@ def train(run: StageRun, signals: Signals, reporter: Reporter, end: "End") -> No
 
     reporter.phase("Evaluating")
     metrics = journal.before | journal.after() | figures(trainer, data, ranks, sizing, "")
+    metrics |= retained(run, trainer, data, ranks)
     reporter.progress(journal.step, data.plan.total_steps, metrics, 0)
     reporter.phase("Saving")
     parameters, _, _ = state.capture(trainer)
