@@ -20,6 +20,9 @@ def problems(stage: EffectiveStage) -> Iterator[Problem]:
     if tuning.virtual_tokens and method.sft and method.sft.packing:
         text = f"found true; {tuning.type} puts its tokens before a row, so only the row's first example would see them"
         yield Problem((*stage.path("method"), "sft", "packing"), text)
+    if stage.has_head and method.sft and method.sft.packing:
+        text = "found true; a class is of a whole row, so each row of Labelled data holds one text"
+        yield Problem((*stage.path("method"), "sft", "packing"), text)
     yield from _preference(stage)
     yield from _earlier_adapter(stage)
     if tuning.type == "QLoRA" and tuning.lora and tuning.lora.initialization == "PiSSA":
@@ -34,8 +37,9 @@ def _earlier_adapter(stage: EffectiveStage) -> Iterator[Problem]:
     spec, tuning, method = stage.spec, stage.spec.tuning, stage.spec.method
     if not spec.base_model.adapter_uri:
         return
-    if method.type in ("DPO", "KTO", "Reward"):
-        text = f"{method.type} starts from a whole model; publish the adapter merged and start from that model"
+    if method.type in ("DPO", "KTO") or stage.has_head:
+        what = method.type if method.type != "SFT" else "a new head for Labelled data"
+        text = f"{what} starts from a whole model; publish the adapter merged and start from that model"
         yield Problem(("spec", "baseModel", "adapterUri"), text)
     if not tuning.is_adapter:
         text = f"{tuning.type} trains the model's own weights; publish the adapter merged and start from that model"
@@ -54,8 +58,8 @@ def _preference(stage: EffectiveStage) -> Iterator[Problem]:
         if tuning.lora and tuning.lora.initialization == "PiSSA":
             text = f"found PiSSA; it changes the base weights, and {why}: Default"
             yield Problem((*path, "lora", "initialization"), text)
-    if method.type == "Reward" and tuning.type not in SCORING:
-        text = f"found {tuning.type}; the head of a reward model is published with an adapter: {', '.join(SCORING)}"
+    if stage.has_head and tuning.type not in SCORING:
+        text = f"found {tuning.type}; peft trains no new head beside virtual tokens: {', '.join(SCORING)}"
         yield Problem((*path, "type"), text)
 
 
@@ -67,8 +71,8 @@ _WHY_NOT_MERGED = {
     "Full": f"Full {_WHOLE}",
 }
 ADAPTERS = ("LoRA", "QLoRA", "DoRA", "IA3", "PromptTuning", "PrefixTuning")
-SCORING = ("LoRA", "QLoRA", "DoRA", "IA3")
-"""What a model with a head of one score is tuned by."""
+SCORING = ("LoRA", "QLoRA", "DoRA", "IA3", "Freeze", "Full")
+"""What a model with a new head, for scores or classes, is tuned by."""
 _WHY_NOT_PARTITIONED = {
     "QLoRA": "QLoRA's quantised weights cannot be partitioned",
     "DoRA": "DoRA needs the norms of whole weights",

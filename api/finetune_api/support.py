@@ -9,7 +9,7 @@ from finetune_api.profile import FineTuneProfileSpec
 from finetune_api.stages import EffectiveStage, effective
 
 METHODS = ("SFT", "DPO", "KTO", "ORPO", "Reward")
-FORMATS = ("Auto", *formats.SEQUENCES, "Preference")
+FORMATS = ("Auto", *formats.SEQUENCES, "Preference", "Labelled")
 
 
 def unsupported(spec: FineTuneJobSpec) -> list[Problem]:
