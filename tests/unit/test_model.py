@@ -72,6 +72,9 @@ def test_what_is_not_built_yet_is_refused_with_its_field(changes: dict[str, Any]
     assert "this version supports" in problems[0].message
 
 
+LABELLED = {"datasets": [{"name": "texts", "uri": "s3://data/texts.jsonl", "format": "Labelled"}]}
+
+
 @pytest.mark.parametrize(
     ("changes", "path", "words"),
     [
@@ -118,7 +121,22 @@ def test_what_is_not_built_yet_is_refused_with_its_field(changes: dict[str, Any]
         (
             {"method": {"type": "Reward"}, "tuning": {"type": "PrefixTuning"}},
             "spec.tuning.type",
-            "the head of a reward model is published with an adapter: LoRA, QLoRA, DoRA, IA3",
+            "peft trains no new head beside virtual tokens: LoRA, QLoRA, DoRA, IA3, Freeze, Full",
+        ),
+        (
+            LABELLED | {"tuning": {"type": "PromptTuning"}},
+            "spec.tuning.type",
+            "peft trains no new head beside virtual tokens",
+        ),
+        (
+            LABELLED | {"method": {"type": "SFT", "sft": {"packing": True}}},
+            "spec.method.sft.packing",
+            "each row of Labelled data holds one text",
+        ),
+        (
+            LABELLED | {"baseModel": {"uri": "s3://models/b/", "adapterUri": "s3://models/a/"}},
+            "spec.baseModel.adapterUri",
+            "a new head for Labelled data starts from a whole model",
         ),
         (
             {"method": {"type": "KTO"}, "training": {"globalBatchSize": 1}},
