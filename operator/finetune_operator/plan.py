@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from finetune_api.failures import Reason
+from finetune_api.failures import MAX_FIGURES, Reason
+from finetune_api.figures import foremost
 from finetune_api.formats import kind_of
 from finetune_api.job import FineTuneJob
 from finetune_api.jobstatus import Attempt, DataStatus, FineTuneJobStatus, ResultStatus, State
@@ -131,7 +132,8 @@ def _decide(situation: Situation, profiles: Sequence[Object]) -> Step:
         return situation.fail(subject.job.reason, subject.job.message, accepted=False)
     job = subject.job
     if last and last.outcome == "Permanent":
-        return situation.fail(Reason(last.reason or Reason.RANK_FAILED), last.message or "")
+        step = situation.fail(Reason(last.reason or Reason.RANK_FAILED), last.message or "")
+        return replace(step, decision=replace(step.decision, result=_result(situation, last)))
     failed = history.failures(attempts)
     if last and failed >= job.spec.run_policy.max_attempts:
         cause = f"the last: {last.reason}: {last.message}"
@@ -160,12 +162,19 @@ def _decide(situation: Situation, profiles: Sequence[Object]) -> Step:
 
 
 def _complete(situation: Situation, last: Attempt) -> Decision:
+    result = _result(situation, last)
+    text = f"published {result.uri}" if result else "completed; what it published was not told"
+    return situation.stand(Decision("Complete", text, result=result))
+
+
+def _result(situation: Situation, last: Attempt) -> ResultStatus | None:
+    """What an attempt published, as far as its pods tell."""
     child = next((c for c in situation.observed.gangs if c.attempt == last.number), None)
     end = child and ending(child, situation.observed.pods_of(child.uid), situation.now)
-    result = end.result if end else None
-    text = f"published {result.uri}" if result else "completed; what it published was not told"
-    told = ResultStatus.model_validate(result.model_dump(by_alias=True)) if result else None
-    return situation.stand(Decision("Complete", text, result=told))
+    if not (end and end.result):
+        return None
+    told = end.result.model_copy(update={"metrics": foremost(end.result.metrics, MAX_FIGURES)})
+    return ResultStatus.model_validate(told.model_dump(by_alias=True))
 
 
 def _run(situation: Situation, job: FineTuneJob, attempt: Attempt, deadline: datetime.datetime | None) -> Step:
@@ -274,6 +283,7 @@ def _sized(stage: EffectiveStage, profile: FineTuneProfile, prepared: PreparedSu
         dtype=spec.base_model.dtype,
         sequence_length=longest,
         sequences=2 if kind_of(spec.method.type, spec.datasets) == "Pairs" else 1,
+        head=stage.has_head,
         global_batch_size=spec.training.global_batch_size,
         micro_batch_size=spec.training.micro_batch_size,
         world_size=manifests.devices(spec, profile.spec).world_size,
