@@ -105,7 +105,10 @@ def test_what_prepare_writes_is_learned_and_the_classes_keep_their_names(
     base = make_model_with_tokenizer(tmp_path / "model")
     for path in base.iterdir():
         s3.put(f"s3://bucket/models/tiny/{path.name}", path.read_bytes())
-    rows = [{"text": f"the {'quick' if i % 2 else 'lazy'} dog {i}", "label": i % 2} for i in range(40)]
+    rows = [
+        {"text": f"the {'quick' if i % 2 else 'lazy'} dog {i}", "label": i % 2, "lang": "en" if i % 3 else "fr"}
+        for i in range(40)
+    ]
     s3.put("s3://bucket/data/texts.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
     gang = make_preference_gang(
         tmp_path,
@@ -113,7 +116,14 @@ def test_what_prepare_writes_is_learned_and_the_classes_keep_their_names(
         base,
         {"type": "SFT"},
         bucket_prefix="classes-prepared",
-        datasets=[{"name": "pairs", "uri": "s3://bucket/data/texts.jsonl", "format": "Labelled"}],
+        datasets=[
+            {
+                "name": "pairs",
+                "uri": "s3://bucket/data/texts.jsonl",
+                "format": "Labelled",
+                "columns": {"slice": "lang"},
+            }
+        ],
         workers=1,
         micro_batch=16,
         training={"maxSteps": 2},
