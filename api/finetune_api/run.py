@@ -55,6 +55,11 @@ class Shard(ApiModel):
     size: Count
     sha256: Sha256
 
+    @property
+    def decoded_bytes(self) -> int:
+        """On a pod's disk: an id and a label of four bytes for each token."""
+        return 8 * (self.tokens + self.rejected_tokens)
+
 
 class Outline(ApiModel):
     """A parquet file with what is known of each training row without its tokens, in the order of the shards.
@@ -99,6 +104,17 @@ class PreparedData(ApiModel):
 
 
 class StageSummary(ApiModel):
+    @property
+    def train_bytes(self) -> int:
+        """Of all training tokens, decoded."""
+        return sum(shard.decoded_bytes for shard in self.shards if shard.split == "train")
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Of all tokens that lie on a pod's disk at a time, decoded."""
+        held_out = sum(shard.decoded_bytes for shard in self.shards if shard.split != "train")
+        return held_out + (min(self.train_bytes, self.outline.cache_bytes) if self.outline else self.train_bytes)
+
     """What the operator sizes a stage by."""
 
     train_tokens: Count
@@ -156,7 +172,7 @@ class RunConfig(ApiModel):
     devices: Devices
     storage: StorageConfig = StorageConfig()
     data_cache_bytes: Annotated[int, Field(ge=1)] = 100 * 2**30
-    """Of decoded training data, what a pod's disk holds: where there is more, `prepare` says that shards are streamed."""
+    """Of decoded training data, what a pod's disk holds at a time; where there is more, shards are streamed."""
     scratch_uri: S3Uri
     """`<checkpoint.uri or output.uri>/.scratch/<job uid>/`."""
     output_uri: S3Uri

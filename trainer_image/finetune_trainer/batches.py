@@ -187,7 +187,7 @@ class Plan:
 
     def step(self, step: int) -> Ints:
         """(global_batch,) row ids, longest first: neighbours have like lengths."""
-        window, place = divmod(step // self.repeats, WINDOW)
+        window, place = self.window_of(step), step // self.repeats % WINDOW
         if self._window[0] != window:
             self._window = (window, self._make_window(window))
         return self._window[1][place]
@@ -208,11 +208,15 @@ class Plan:
 
     def coming(self, step: int, count: int) -> Ints:
         """(at most `count`,) row ids that are trained on next, from the beginning of the window of `step` on."""
-        start = step // self.repeats // WINDOW * WINDOW * self.global_batch
+        start = self.window_of(step) * WINDOW * self.global_batch
         return self._stream(start, min(start + count, self._batches * self.global_batch))
 
     def _make_window(self, window: int) -> list[Ints]:
         steps = min(WINDOW, max(1, self._batches - window * WINDOW))
+    def window_of(self, step: int) -> int:
+        """Steps of the same window take their rows from the same part of the stream."""
+        return step // self.repeats // WINDOW
+
         start = window * WINDOW * self.global_batch
         ids = self._stream(start, start + steps * self.global_batch)
         rng = np.random.default_rng((self.seed, window, 1))

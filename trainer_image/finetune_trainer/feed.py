@@ -1,10 +1,11 @@
 """What a run learns from: from the shards on the pod's disk to each rank's micro-batches."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from finetune_api.failures import FineTuneError, Reason
 from finetune_api.run import PreparedData, RunConfig, Split
-from finetune_trainer import log, shards
+from finetune_trainer import log, shards, streaming
 from finetune_trainer.batches import Examples, MicroBatches, Plan, Rows, rows_of
 from finetune_trainer.distributed import Ranks
 from finetune_trainer.evaluation.groups import Groups, groups_of
@@ -32,6 +33,8 @@ class Data(NamedTuple):
     held: dict[Split, HeldOut]
     """Validation, test and retention data, where there are any."""
 
+    fetch: Callable[[int], None]
+    """See `MicroBatches.fetch`."""
     @property
     def held_out(self) -> int:
         """Examples that are evaluated."""
@@ -43,7 +46,9 @@ def load_data(config: RunConfig, work: WorkDir, ranks: Ranks) -> Data:
     spec, training = config.spec, config.spec.training
     index, names = PreparedData.model_validate_json(work.index.read_bytes()), [d.name for d in spec.datasets]
     if ranks.local_rank == 0:
-        for split in ("train", *HELD_OUT):
+        if index.outline:
+            streaming.lay_out(index, names, work)
+        for split in HELD_OUT if index.outline else ("train", *HELD_OUT):
             shards.decode(index, names, split, work)
     ranks.barrier()
     train = _load(index, "train", work)
@@ -59,14 +64,17 @@ def load_data(config: RunConfig, work: WorkDir, ranks: Ranks) -> Data:
         epochs=training.epochs,
         max_steps=training.max_steps,
     )
-    data = Data(index, train, plan, {split: part for split, part in held.items() if len(part.groups.leaf)})
+    known = {split: part for split, part in held.items() if len(part.groups.leaf)}
+    fetch = streaming.Stream(config, index, plan, work, ranks) if index.outline else _nothing
+    data = Data(index, train, plan, known, fetch)
+    counts: dict[str, Any] = {split: len(part.groups.leaf) for split, part in data.held.items()}
     if ranks.is_main:
         log.event(
             "data",
             examples=len(sequences(train)),
             rows=len(plan.rows),
             steps=plan.total_steps,
-            **{str(split): len(part.groups.leaf) for split, part in data.held.items()},
+            **counts,
         )
         if not data.held_out:
             log.event("no validation data: nothing will be evaluated", level="warning")
@@ -77,6 +85,12 @@ def micro_batches(data: Data, config: RunConfig, ranks: Ranks, micro_batch: int,
     """`flat`: see `batches.collate`."""
     places = {"rank": ranks.rank, "world_size": ranks.world_size, "micro_batch": micro_batch}
     match data.train:
+    batches = _micro_batches(data, config, ranks, micro_batch, flat)
+    batches.fetch = data.fetch
+    return batches
+
+
+def _micro_batches(data: Data, config: RunConfig, ranks: Ranks, micro_batch: int, flat: bool) -> MicroBatches:
         case Pairs():
             return PairBatches(data.plan, data.train, **places)
         case Unpaired():
@@ -93,6 +107,10 @@ def packed(config: RunConfig) -> bool:
 
 
 def sequences(data: Held) -> Examples:
+def _nothing(step: int) -> None:
+    """All tokens lie on the disk."""
+
+
     """One sequence of each example: of pairs the chosen one."""
     match data:
         case Pairs():

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from finetune_api.failures import EXIT_CODES, FineTuneError, Reason, TerminationMessage
-from finetune_api.run import PreparedData, PreparedSummary, RunConfig, Shard, Split, StageSummary
+from finetune_api.run import Outline, PreparedData, PreparedSummary, RunConfig, Shard, Split, StageSummary
 from finetune_api.sizing import ModelShape
 from finetune_api.stages import EffectiveStage, effective
 from finetune_trainer import log
@@ -110,7 +110,17 @@ def _prepare_stage(store: Store, config: RunConfig, stage: EffectiveStage, model
     classes = pipeline.classes()
     store.put_bytes(join(data_uri, "data-report.json"), _report(config, model, pipeline.reports))
     index = _index(config, model, found, pipeline, classes).model_copy(update={"adapter": adapter})
+    if index.train_bytes > config.data_cache_bytes:
+        index = index.model_copy(update={"outline": _outline(store, config, data_uri, pipeline.outline.path)})
     return Prepared(index, _write_index(store, data_uri, index), pipeline.reports)
+
+
+def _outline(store: Store, config: RunConfig, data_uri: str, path: Path) -> Outline:
+    """Said once and for all attempts: the order of the rows depends on it."""
+    key = "train/outline.parquet"
+    size, sha256 = store.upload(path, join(data_uri, key))
+    log.event("training data will be streamed", cacheBytes=config.data_cache_bytes)
+    return Outline(key=key, size=size, sha256=sha256, cache_bytes=config.data_cache_bytes)
 
 
 def _write_index(store: Store, data_uri: str, index: PreparedData) -> str:

@@ -48,12 +48,16 @@ def adapter_files(store: Store, index: PreparedData, work: WorkDir) -> list[Want
 
 
 def shard_files(store: Store, index_uri: str, index: PreparedData, work: WorkDir) -> list[Wanted]:
-    """Pinned as they are now: it is their hash that says whether they are what `prepare` wrote."""
+    """Pinned as they are now: it is their hash that says whether they are what `prepare` wrote.
+
+    Of training shards that are streamed, their outline.
+    """
     prefix = index_uri.rpartition("/")[0]
-    pins = store.pin_all([join(prefix, shard.key) for shard in index.shards])
-    return [
-        Wanted(pinned, work.shard(shard.key), shard.sha256) for pinned, shard in zip(pins, index.shards, strict=True)
-    ]
+    files = [(shard.key, shard.sha256) for shard in index.shards if not (index.outline and shard.split == "train")]
+    if index.outline:
+        files.append((index.outline.key, index.outline.sha256))
+    pins = store.pin_all([join(prefix, key) for key, _ in files])
+    return [Wanted(pinned, work.shard(key), sha256) for pinned, (key, sha256) in zip(pins, files, strict=True)]
 
 
 class Part(NamedTuple):
@@ -92,10 +96,11 @@ def pull(config: RunConfig, work: WorkDir) -> None:
         total = sum(wanted.pinned.size for wanted in model + adapter + shards)
         work.root.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(work.root).free
-        if total > free:
+        decoded = sum(part.prepared.decoded_bytes for part in parts.values())
+        if total + decoded > free:
             raise FineTuneError(
                 Reason.DOES_NOT_FIT,
-                f"the work volume has {free:,} bytes free; the base model and the data need {total:,}",
+                f"the work volume has {free:,} bytes free; the base model and the data need {total + decoded:,}",
             )
         progress = log.Progress("pull", total, "bytes")
         try:

@@ -1,7 +1,9 @@
 """The shards of a split as arrays on disk, decoded once per pod and shared by its ranks through the page cache."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +13,7 @@ from numpy.typing import NDArray
 from finetune_api.failures import FineTuneError, Reason
 from finetune_api.formats import Kind
 from finetune_api.run import PreparedData, Shard, Split
-from finetune_trainer.batches import Examples
+from finetune_trainer.batches import Examples, Ints
 from finetune_trainer.workdir import WorkDir
 
 COLUMNS = ("input_ids", "labels")
@@ -71,44 +73,77 @@ def decode(index: PreparedData, names: list[str], split: Split, work: WorkDir) -
     if split != "train":
         slices = pa.array(_column(shards, "slice", work, optional=True), pa.string())
         pq.write_table(pa.table({"slice": slices}), work.data / f"{split}.slice.parquet")
+    if kind_of(index, split) == "Pairs":
+        _decode(shards, [shard.rejected_tokens for shard in shards], known, split, REJECTED, work)
+    save_columns(index, split, work, lambda name: _column(shards, name, work))
+
+
+def save_columns(index: PreparedData, split: Split, work: WorkDir, column: Callable[[str], list[Any]]) -> None:
+    """What is known of each example beside its tokens; `column` gives the values of the shards' column of a name."""
     match kind_of(index, split):
-        case "Pairs":
-            _decode(shards, [shard.rejected_tokens for shard in shards], known, split, REJECTED, work)
         case "Unpaired":
-            found = [np.asarray(value, dtype=np.bool_) for value in _column(shards, "desirable", work)]
+            found = [np.asarray(value, dtype=np.bool_) for value in column("desirable")]
             np.save(_path(work, split, "desirable"), np.array(found, dtype=np.bool_))
         case "Classes":
             number = {name: place for place, name in enumerate(index.classes)}
-            labels = [number[str(value)] for value in _column(shards, "label", work)]
+            labels = [number[str(value)] for value in column("label")]
             np.save(_path(work, split, "label"), np.array(labels, dtype=np.int64))
         case "Prompts":
-            table = pa.table({"reference": pa.array(_column(shards, "reference", work), pa.string())})
+            table = pa.table({"reference": pa.array(column("reference"), pa.string())})
             pq.write_table(table, work.data / f"{split}.reference.parquet")
 
 
 def _decode(shards: list[Shard], sizes: list[int], known: list[str], split: Split, prefix: str, work: WorkDir) -> None:
     """The sequences whose columns begin with `prefix`; `sizes`: their tokens in each shard."""
-    tokens, rows = sum(sizes), sum(shard.rows for shard in shards)
-    # A memory-mapped array cannot be empty: one token more than there is.
-    parts = {
-        name: np.lib.format.open_memmap(
-            _path(work, split, prefix + name), mode="w+", dtype=np.int32, shape=(tokens + 1,)
-        )
-        for name in COLUMNS
-    }
-    offsets, dataset = np.zeros(rows + 1, dtype=np.int64), np.zeros(rows, dtype=np.int64)
-    token = row = 0
+    make_arrays(work, split, prefix, sum(sizes))
+    offsets: list[Ints] = [np.zeros(1, dtype=np.int64)]
+    learned: list[Ints] = [np.zeros(0, dtype=np.int64)]
+    token = 0
     for shard, size in zip(shards, sizes, strict=True):
-        columns, ends = _read(work.shard(shard.key), shard, prefix, size)
-        for name, values in zip(COLUMNS, columns, strict=True):
-            parts[name][token : token + size] = values
-        offsets[row + 1 : row + 1 + shard.rows] = token + ends
-        dataset[row : row + shard.rows] = known.index(shard.dataset)
-        token, row = token + size, row + shard.rows
-    for array in parts.values():
-        array.flush()
-    np.save(_path(work, split, f"{prefix}offsets"), offsets)
-    np.save(_path(work, split, f"{prefix}dataset"), dataset)
+        read = write_tokens(work, split, shard, prefix, token, size)
+        offsets.append(token + read.offsets[1:])
+        learned.append(read.trained())
+        token += size
+    dataset = np.repeat([known.index(shard.dataset) for shard in shards], [shard.rows for shard in shards])
+    save_rows(work, split, prefix, np.concatenate(offsets), dataset, np.concatenate(learned))
+
+
+def token_paths(work: WorkDir, split: Split, prefix: str) -> list[Path]:
+    return [_path(work, split, prefix + name) for name in COLUMNS]
+
+
+def make_arrays(work: WorkDir, split: Split, prefix: str, tokens: int) -> list[Path]:
+    """Files of zeros, which take no room yet."""
+    paths = token_paths(work, split, prefix)
+    for path in paths:
+        # A memory-mapped array cannot be empty: one token more than there is.
+        np.lib.format.open_memmap(path, mode="w+", dtype=np.int32, shape=(tokens + 1,))
+    return paths
+
+
+def write_tokens(work: WorkDir, split: Split, shard: Shard, prefix: str, start: int, size: int) -> Examples:
+    """Writes the sequences of a shard, `size` tokens, from token `start` on; what is returned begins at 0."""
+    columns, ends = _read(work.shard(shard.key), shard, prefix, size)
+    for path, values in zip(token_paths(work, split, prefix), columns, strict=True):
+        array = np.load(path, mmap_mode="r+")
+        array[start : start + size] = values
+    offsets = np.concatenate([[0], ends]).astype(np.int64)
+    return Examples(columns[0], columns[1], offsets, np.zeros(shard.rows, dtype=np.int64))
+
+
+def byte_of(path: Path, token: int) -> int:
+    """Where a token stands in one of `token_paths`."""
+    array: Any = np.load(path, mmap_mode="r")
+    return int(array.offset) + token * int(array.itemsize)
+
+
+def save_rows(
+    work: WorkDir, split: Split, prefix: str, offsets: Ints, dataset: Ints, learned: Ints, chunk: Ints | None = None
+) -> None:
+    """What `Examples` says of each example."""
+    for name, values in (("offsets", offsets), ("dataset", dataset), ("learned", learned), ("chunk", chunk)):
+        if values is not None:
+            np.save(_path(work, split, prefix + name), values.astype(np.int64))
 
 
 def load(split: Split, work: WorkDir, prefix: str = "") -> Examples:
@@ -118,6 +153,8 @@ def load(split: Split, work: WorkDir, prefix: str = "") -> Examples:
         labels=np.load(_path(work, split, f"{prefix}labels"), mmap_mode="r"),
         offsets=np.load(_path(work, split, f"{prefix}offsets")),
         dataset=np.load(_path(work, split, f"{prefix}dataset")),
+        learned=np.load(_path(work, split, f"{prefix}learned")),
+        chunk=np.load(chunk) if (chunk := _path(work, split, f"{prefix}chunk")).exists() else None,
     )
 
 
