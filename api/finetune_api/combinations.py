@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 
+from finetune_api.formats import kind_of
 from finetune_api.model import Problem
 from finetune_api.sizing import STRATEGIES
 from finetune_api.stages import EffectiveStage
+from finetune_api.watched import figures_of, watched
 
 
 def problems(stage: EffectiveStage) -> Iterator[Problem]:
@@ -25,6 +27,7 @@ def problems(stage: EffectiveStage) -> Iterator[Problem]:
         yield Problem((*stage.path("method"), "sft", "packing"), text)
     yield from _preference(stage)
     yield from _earlier_adapter(stage)
+    yield from _evaluation(stage)
     if tuning.type == "QLoRA" and tuning.lora and tuning.lora.initialization == "PiSSA":
         text = "found PiSSA; it changes the base weights, which QLoRA has quantised; LoRA and DoRA can start from it"
         yield Problem((*stage.path("tuning"), "lora", "initialization"), text)
@@ -47,6 +50,27 @@ def _earlier_adapter(stage: EffectiveStage) -> Iterator[Problem]:
     if tuning.lora and tuning.lora.initialization == "PiSSA":
         text = "found PiSSA; an earlier adapter is the start already: leave one of the two out"
         yield Problem((*stage.path("tuning"), "lora", "initialization"), text)
+
+
+def _evaluation(stage: EffectiveStage) -> Iterator[Problem]:
+    """What is measured while training needs something to be measured on."""
+    spec, stopping = stage.spec, stage.spec.training.early_stopping
+    why = "there is no validation data: say which with spec.validation"
+    if stage.generate:
+        return
+    if spec.evaluation.every_steps and not spec.validation:
+        yield Problem(("spec", "evaluation", "everySteps"), f"found {spec.evaluation.every_steps}; {why}")
+    if stopping is None:
+        return
+    own = stage.own.training if stage.own else None
+    path = (*(stage.path("training") if own and own.early_stopping else ("spec", "training")), "earlyStopping")
+    if not spec.validation:
+        yield Problem(path, f"found metric {stopping.metric}; {why}")
+    kind = kind_of(spec.method.type, spec.datasets)
+    if watched(stopping.metric, spec.method.type, kind) is None:
+        allowed = ", ".join(figures_of(spec.method.type, kind))
+        text = f"found {stopping.metric}; {spec.method.type} measures {allowed} while it trains"
+        yield Problem((*path, "metric"), text)
 
 
 def _preference(stage: EffectiveStage) -> Iterator[Problem]:

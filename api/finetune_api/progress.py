@@ -45,6 +45,8 @@ class TrainerStatus(ApiModel):
     attempt: Count | None = None
     """Set by the server from the pod that reported."""
     checkpoint: CheckpointStatus | None = None
+    warning: ShortText | None = None
+    """What goes wrong without ending the run, as over-fitting does; empty: nothing any more."""
 
 
 class ProgressReport(ApiModel):

@@ -33,8 +33,6 @@ def _unsupported(spec: FineTuneJobSpec) -> Iterator[Problem]:
         yield refuse("baseModel", "uri", found=spec.base_model.uri, allowed="s3:// only")
     if spec.test:
         yield refuse("test", found="a test split", allowed="validation only")
-    if spec.training.early_stopping:
-        yield refuse("training", "earlyStopping", found="earlyStopping", allowed="a fixed number of steps")
     if spec.stages:
         yield refuse("stages", found=[s.name for s in spec.stages], allowed="one stage, written in spec itself")
     if extra := [m for m in spec.evaluation.metrics if m not in ("Loss", "Perplexity")]:

@@ -1,8 +1,6 @@
 """What happens at each step besides learning: random numbers, agreement of the ranks, logs and figures."""
 
-import math
 import signal
-import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -14,9 +12,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from finetune_api.failures import FineTuneError, Reason
 from finetune_trainer import log
 from finetune_trainer.batches import Plan
+from finetune_trainer.control import Control
 from finetune_trainer.distributed import Ranks
+from finetune_trainer.journal import Journal
 from finetune_trainer.report import Reporter
-from finetune_trainer.state import SavedState
 
 FIGURES = ("loss", "learning_rate", "grad_norm", "reward_margin", "preference_accuracy")
 """What the Trainer logs at a step that is kept and reported."""
@@ -36,58 +35,6 @@ class Signals:
             raise FineTuneError(Reason.PREEMPTED, "the pod was asked to end; nothing was being trained")
 
 
-class Journal:
-    """The figures of the run, over all its attempts."""
-
-    def __init__(self, saved: SavedState | None) -> None:
-        self.history: list[dict[str, float]] = list(saved.history) if saved else []
-        self.before: dict[str, float] = dict(saved.before) if saved else {}
-        self.tokens = saved.tokens if saved else 0
-        self.first_step = self.step = saved.step if saved else 0
-        self._seconds = saved.seconds if saved else 0.0
-        self._started = self._logged = time.monotonic()
-        self._tokens_logged = self.tokens
-
-    def start(self) -> None:
-        self._started = self._logged = time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        return self._seconds + time.monotonic() - self._started
-
-    def tokens_per_second(self) -> float:
-        """Since it was asked last."""
-        now = time.monotonic()
-        rate = (self.tokens - self._tokens_logged) / max(1e-9, now - self._logged)
-        self._logged, self._tokens_logged = now, self.tokens
-        return rate
-
-    def saved(self, adam_steps: int, loss_scale: dict[str, float]) -> SavedState:
-        return SavedState(
-            step=self.step,
-            optimizer_step=adam_steps,
-            tokens=self.tokens,
-            seconds=self.seconds,
-            before=self.before,
-            history=self.history,
-            loss_scale=loss_scale,
-        )
-
-    def after(self) -> dict[str, float]:
-        """Figures of the training itself, for the result."""
-        loss = {"trainLoss": self.history[-1]["loss"]} if self.history else {}
-        return loss | {
-            "trainSeconds": round(self.seconds, 3),
-            "trainTokens": float(self.tokens),
-            "tokensPerSecond": round(self.tokens / max(1e-9, self.seconds), 1),
-        }
-
-    def remaining_seconds(self, total_steps: int) -> float | None:
-        """By this attempt's own steps."""
-        done = self.step - self.first_step
-        return (time.monotonic() - self._started) / done * (total_steps - self.step) if done else None
-
-
 class Seeds(TrainerCallback):  # type: ignore[misc]
     """The random numbers of a step (dropout) depend on (seed, step, rank) alone: a resumed run draws the same."""
 
@@ -102,9 +49,17 @@ class Seeds(TrainerCallback):  # type: ignore[misc]
 class Steering(TrainerCallback):  # type: ignore[misc]
     """At the end of each step all ranks agree whether to save and whether to stop: one signalled pod is enough."""
 
-    def __init__(self, ranks: Ranks, signals: Signals, due: Callable[[int], bool], ready: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        ranks: Ranks,
+        signals: Signals,
+        due: Callable[[int], bool],
+        evaluates: Callable[[int], bool],
+        ready: Callable[[], None],
+    ) -> None:
         """`due`: does rank 0 want a checkpoint after this step; `ready`: called once the model is wrapped."""
         self._ranks, self._signals, self._due, self._ready = ranks, signals, due, ready
+        self._evaluates = evaluates
         self.stopped = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -116,20 +71,24 @@ class Steering(TrainerCallback):  # type: ignore[misc]
         stop, save = self._ranks.any([self._signals.received, due])
         if stop and not last:
             self.stopped = control.should_training_stop = True
-        if save or last or self.stopped:
+        # Who is asked to end saves at once; what is due then is evaluated when the run is resumed.
+        evaluate = not self.stopped and self._evaluates(state.global_step)
+        if save or last or self.stopped or evaluate:
             # What was learned since the last line is logged first, so that the checkpoint's history is whole.
-            control.should_log = control.should_save = True
+            control.should_log = True
+        control.should_evaluate = evaluate
+        control.should_save = save or last or self.stopped
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]
     """The figures of each logged step: to the log, the history and the progress server. Raises Diverged."""
 
-    def __init__(self, journal: Journal, plan: Plan, reporter: Reporter, ranks: Ranks) -> None:
-        self._journal, self._plan, self._reporter, self._ranks = journal, plan, reporter, ranks
+    def __init__(self, journal: Journal, control: Control, plan: Plan, reporter: Reporter, ranks: Ranks) -> None:
+        self._journal, self._control, self._plan = journal, control, plan
+        self._reporter, self._ranks = reporter, ranks
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._journal.step = state.global_step
-        self._journal.tokens += int(self._plan.rows.lengths[self._plan.step(state.global_step - 1)].sum())
+        self._journal.learned(state.global_step)
 
     def on_log(
         self,
@@ -141,18 +100,10 @@ class Progress(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         if not logs or "loss" not in logs:
             return
-        if not math.isfinite(logs["loss"]):
-            raise FineTuneError(
-                Reason.DIVERGED,
-                f"the training loss is not a number at step {state.global_step} of {state.max_steps}; a lower "
-                f"training.learningRate (now {args.learning_rate:g}) or a longer warm-up may help",
-            )
-        entry = {"step": float(state.global_step)}
-        entry |= {name: float(logs[name]) for name in FIGURES if name in logs}
-        entry["tokens_per_second"] = self._journal.tokens_per_second()
-        self._journal.history.append(entry)
+        entry = self._journal.logged({name: float(logs[name]) for name in FIGURES if name in logs})
         if self._ranks.is_main:
             self._show(entry, state)
+        self._control.check(logs)
 
     def _show(self, entry: dict[str, float], state: TrainerState) -> None:
         remaining = self._journal.remaining_seconds(state.max_steps)
@@ -169,5 +120,5 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             remaining_seconds=None if remaining is None else round(remaining),
             **further,
         )
-        metrics = self._journal.before | {name: value for name, value in entry.items() if name != "step"}
-        self._reporter.progress(state.global_step, state.max_steps, metrics, remaining)
+        shown = {name: entry[name] for name in (*FIGURES, "tokens_per_second") if name in entry}
+        self._reporter.progress(state.global_step, state.max_steps, self._journal.before | shown, remaining)

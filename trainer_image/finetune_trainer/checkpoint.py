@@ -9,7 +9,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,10 +35,10 @@ def complete_steps(uris: Iterable[str]) -> list[int]:
     return sorted({int(m[1]) for m in found if m and m[2] == MANIFEST_KEY}, reverse=True)
 
 
-def superfluous(complete: Iterable[int], saved: int, keep: int) -> list[int]:
-    """What may go once `saved` is complete: all but the `keep` newest up to it, and never `saved` itself."""
+def superfluous(complete: Iterable[int], saved: int, keep: int, held: Collection[int] = ()) -> list[int]:
+    """What may go once `saved` is complete: all but the `keep` newest up to it, never `saved` itself nor those held."""
     older = sorted((step for step in complete if step < saved), reverse=True)
-    return older[max(0, keep - 1) :]
+    return [step for step in older[max(0, keep - 1) :] if step not in held]
 
 
 class Resumed(NamedTuple):
@@ -58,6 +58,9 @@ class Checkpoints:
         self.on_uploaded: Callable[[str, int], None] = lambda uri, step: None
         """Called with the URI and step of each checkpoint that is complete, from another thread."""
 
+        self.leans_on: Callable[[state.SavedState], int | None] = lambda saved: None
+        """The step of another checkpoint without which this one is worth nothing."""
+
     def uri(self, step: int) -> str:
         return f"{self._prefix}{name_of(step)}/"
 
@@ -66,16 +69,37 @@ class Checkpoints:
     def newest(self) -> Resumed | None:
         """Collective: rank 0 looks for the newest good one, then every pod fetches the same."""
         step = self._ranks.from_main(self._choose() if self._ranks.is_main else None)
-        if step is None:
-            return None
+        return None if step is None else self._on_every_pod(step)
+
+    def fetch(self, step: int) -> Resumed:
+        """Collective: the checkpoint of this step. Raises StorageUnavailable where it was not stored."""
+        if self._ranks.is_main:
+            if not self.has(step):
+                text = f"the checkpoint of step {step}, the best one, could not be stored; it is made again"
+                raise FineTuneError(Reason.STORAGE_UNAVAILABLE, text)
+            self._fetch(step)
+        self._ranks.barrier()
+        return self._on_every_pod(step)
+
+    def has(self, step: int) -> bool:
+        """Whether it is complete, once what is on its way has arrived."""
+        self.wait()
+        return step in self._complete()
+
+    def _on_every_pod(self, step: int) -> Resumed:
+        """Rank 0's pod has it."""
         if self._ranks.local_rank == 0 and not self._ranks.is_main:
             self._fetch(step)
         self._ranks.barrier()
         directory = self._work.checkpoints / name_of(step)
         return Resumed(state.read(directory), directory)
 
+    def _complete(self) -> list[int]:
+        return complete_steps(item.uri for item in self._store.list(self._prefix))
+
     def _choose(self) -> int | None:
-        for step in complete_steps(item.uri for item in self._store.list(self._prefix)):
+        complete = self._complete()
+        for step in complete:
             try:
                 manifest = read_manifest(self._store, self.uri(step) + MANIFEST_KEY)
                 if (manifest.kind, manifest.step, manifest.spec_sha256) != ("Checkpoint", step, self._spec_sha256):
@@ -84,6 +108,8 @@ class Checkpoints:
                 saved = state.read(self._work.checkpoints / name_of(step))
                 if saved.step != step:
                     raise FineTuneError(Reason.DATA_INVALID, f"it holds step {saved.step}")
+                if (other := self.leans_on(saved)) is not None and other not in complete:
+                    raise FineTuneError(Reason.DATA_INVALID, f"the best one, of step {other}, is not there")
             except (FineTuneError, ValueError) as error:
                 if isinstance(error, FineTuneError) and error.reason in _PASSING:
                     raise
@@ -100,8 +126,11 @@ class Checkpoints:
 
     # Saving
 
-    def save(self, trainer: Any, saved: Callable[[int], state.SavedState]) -> float:
-        """Collective. `saved` makes the JSON part from Adam's count. Returns the seconds that training stood still."""
+    def save(self, trainer: Any, saved: Callable[[int], state.SavedState], held: Collection[int] = ()) -> float:
+        """Collective. `saved` makes the JSON part from Adam's count; `held`: steps that are kept however old they are.
+
+        Returns the seconds that training stood still.
+        """
         started = time.monotonic()
         parameters, moments, count = state.capture(trainer)
         if any(not bool(value.isfinite().all()) for value in parameters.values()):
@@ -115,7 +144,7 @@ class Checkpoints:
             shutil.rmtree(directory, ignore_errors=True)
             state.write(directory, parameters, moments, whole)
             self._upload = threading.Thread(
-                target=self._send, args=(whole.step, directory), name="checkpoint", daemon=True
+                target=self._send, args=(whole.step, directory, held), name="checkpoint", daemon=True
             )
             self._upload.start()
         return time.monotonic() - started
@@ -141,7 +170,7 @@ class Checkpoints:
             self._store.delete(self.uri(step) + MANIFEST_KEY)
             self._store.delete_prefix(self.uri(step), self._scratch)
 
-    def _send(self, step: int, directory: Path) -> None:
+    def _send(self, step: int, directory: Path, held: Collection[int]) -> None:
         """Failing costs a checkpoint, not the training: it is logged, and the next one tries again."""
         started = time.monotonic()
         try:
@@ -160,12 +189,11 @@ class Checkpoints:
             seconds = round(time.monotonic() - started, 2)
             log.event("checkpoint saved", uri=self.uri(step), step=step, bytes=done.size, seconds=seconds)
             self.on_uploaded(self.uri(step), step)
-            self._prune(step)
+            self._prune(step, held)
         except FineTuneError as error:
             log.event("checkpoint failed", level="error", step=step, why=str(error))
         finally:
             shutil.rmtree(directory, ignore_errors=True)
 
-    def _prune(self, saved: int) -> None:
-        complete = complete_steps(item.uri for item in self._store.list(self._prefix))
-        self._remove(superfluous(complete, saved, self._keep))
+    def _prune(self, saved: int, held: Collection[int]) -> None:
+        self._remove(superfluous(self._complete(), saved, self._keep, held))

@@ -11,7 +11,7 @@ import torch
 from finetune_api.failures import TrainingResult
 from finetune_api.manifest import RunInfo
 from finetune_trainer import card, log, save
-from finetune_trainer.callbacks import Journal
+from finetune_trainer.journal import Journal
 from finetune_trainer.feed import Data
 from finetune_trainer.model import Task
 from finetune_trainer.publish import now, publish

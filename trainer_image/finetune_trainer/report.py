@@ -15,11 +15,14 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from finetune_api.figures import foremost
 from finetune_api.progress import CheckpointStatus, Metric, Phase, ProgressReport, TrainerStatus
 from finetune_trainer import log
 
 MIN_SECONDS = 2.0
 TIMEOUT_SECONDS = 10.0
+MAX_METRICS, MAX_NAME = 64, 64
+"""The bounds of status.trainerStatus.metrics; what is left out is of slices and datasets first."""
 MEANINGS = {
     403: "the token is not one of a pod of this job",
     404: "the job does not exist",
@@ -90,8 +93,12 @@ class Reporter:
             total_steps=total_steps,
             progress_percentage=min(100, int(100 * (self._before + self._share * step / max(1, total_steps)) + 1e-9)),
             estimated_remaining_seconds=None if remaining_seconds is None else max(0, round(remaining_seconds)),
-            metrics=[Metric(name=name, value=f"{value:.6g}") for name, value in metrics.items()],
+            metrics=told(metrics),
         )
+
+    def warn(self, message: str) -> None:
+        """What goes wrong without ending the run; empty: nothing any more."""
+        self._update(warning=message)
 
     def checkpoint(self, uri: str, step: int) -> None:
         self._update(urgent=True, checkpoint=CheckpointStatus(uri=uri, step=step, time=_now()))
@@ -138,6 +145,11 @@ class Reporter:
         if kind not in self._failures:
             self._failures.add(kind)
             log.event("report failed", level="warning", kind=kind, message=message)
+
+
+def told(metrics: dict[str, float]) -> list[Metric]:
+    fitting = {name: value for name, value in metrics.items() if len(name) <= MAX_NAME}
+    return [Metric(name=name, value=f"{value:.6g}") for name, value in foremost(fitting, MAX_METRICS).items()]
 
 
 def _now() -> datetime.datetime:

@@ -35,7 +35,11 @@ class SavedState(BaseModel):
     before: dict[str, float]
     """Metrics of the base model, evaluated once per job."""
     history: list[dict[str, float]]
-    """What was logged so far: step, loss, learning_rate, grad_norm, tokens_per_second."""
+    """What was logged so far: step, loss, learning_rate, grad_norm, tokens_per_second, and figures of evaluations."""
+    seen: dict[str, tuple[int, int]] = {}
+    """By dataset: rows and tokens that were learned."""
+    sound: int | None = None
+    """The newest step with a checkpoint that was saved while nothing was suspicious."""
     loss_scale: dict[str, float] = {}
     """float16 under DDP: the gradient scaler's state."""
 

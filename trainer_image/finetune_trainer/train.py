@@ -10,7 +10,6 @@ The launcher has pulled everything and set RANK and its like, and FINETUNE_STAGE
 import logging
 import os
 import sys
-import time
 import traceback
 import warnings
 from typing import Any
@@ -25,18 +24,20 @@ from finetune_api.run import RunConfig
 from finetune_api.sizing import Sizing
 from finetune_trainer import arguments, distributed, log, model, state, tuning
 from finetune_trainer.batches import Plan
-from finetune_trainer.callbacks import Journal, Progress, Seeds, Signals, Steering
-from finetune_trainer.checkpoint import Checkpoints, Resumed
+from finetune_trainer.callbacks import Signals
+from finetune_trainer.checkpoint import Checkpoints
+from finetune_trainer.control import best_step
 from finetune_trainer.distributed import Ranks
-from finetune_trainer.feed import Data, load_data, micro_batches, packed
+from finetune_trainer.feed import Data, load_data, micro_batches
 from finetune_trainer.forgetting import retained
+from finetune_trainer.journal import Journal
 from finetune_trainer.methods import make_trainer, task_of
 from finetune_trainer.outcome import failure_of, write_outcome
 from finetune_trainer.output import Trained, publish_output, publish_stage, save_output
-from finetune_trainer.pace import Pace
 from finetune_trainer.report import Reporter
 from finetune_trainer.runconfig import read_config
 from finetune_trainer.start import StageRun
+from finetune_trainer.steering import Course
 from finetune_trainer.storage import Store
 from finetune_trainer.workdir import WorkDir
 
@@ -75,19 +76,25 @@ def train(run: StageRun, signals: Signals, reporter: Reporter, end: "End") -> No
 
     checkpoints = Checkpoints(store, config.scratch_uri, work, config.spec_sha256, ranks, spec.checkpoint.keep)
     checkpoints.on_uploaded = reporter.checkpoint
+    checkpoints.leans_on = lambda saved: best_step(spec, saved.history)
     resumed = checkpoints.newest()
-    end.journal = journal = Journal(resumed.saved if resumed else None)
+    names = [dataset.name for dataset in spec.datasets]
+    end.journal = journal = Journal(resumed.saved if resumed else None, data.plan, names)
     batches = micro_batches(data, config, ranks, sizing.micro_batch_size, flat=attention == "flash_attention_2")
     trainer = make_trainer(spec.method, tuned, args, batches)
-    steering = steer(trainer, config, data, ranks, signals, reporter, checkpoints, journal, resumed)
-
-    trainer.train()
-    if steering.stopped:
-        checkpoints.wait()
-        distributed.stop(ranks)
-        raise FineTuneError(
-            Reason.PREEMPTED, f"the pod was asked to end after step {journal.step} of {data.plan.total_steps}"
-        )
+    course = Course(
+        trainer,
+        config,
+        data,
+        ranks,
+        signals,
+        reporter,
+        checkpoints,
+        journal,
+        resumed,
+        measure_before=lambda: figures(trainer, data, ranks, sizing, "Before"),
+    )
+    course.run()
 
     reporter.phase("Evaluating")
     metrics = journal.before | journal.after() | figures(trainer, data, ranks, sizing, "")
@@ -128,52 +135,6 @@ def make_arguments(config: RunConfig, work: WorkDir, plan: Plan, dtype: torch.dt
             deepspeed=arguments.deepspeed_config(sizing, training, name, kind),
         )
     )
-
-
-def steer(
-    trainer: Any,
-    config: RunConfig,
-    data: Data,
-    ranks: Ranks,
-    signals: Signals,
-    reporter: Reporter,
-    checkpoints: Checkpoints,
-    journal: Journal,
-    resumed: Resumed | None,
-) -> Steering:
-    """Hangs our part of the loop on the Trainer's: what precedes the first step, what follows each."""
-    pace = Pace(config.spec.checkpoint.interval, config.devices.workers)
-
-    def ready() -> None:
-        if packed(config):
-            model.assert_packing(trainer.model_wrapped, trainer.batches.flat, ranks.device)
-        if resumed:
-            state.restore(trainer, resumed.directory, resumed.saved)
-            trainer.start_at(resumed.saved.step)
-        elif data.held_out:
-            journal.before = figures(trainer, data, ranks, sizing_of(config), "Before")
-        reporter.phase("Training")
-        # From here on a signal waits for the end of the step, and after the last one for the adapter.
-        signals.deferred = True
-        journal.start()
-        pace.started(journal.step, time.monotonic())
-
-    def save_state() -> None:
-        seconds = checkpoints.save(trainer, lambda count: journal.saved(count, state.loss_scale(trainer)))
-        pace.saved(journal.step, time.monotonic(), seconds)
-
-    def due(step: int) -> bool:
-        return not checkpoints.uploading and pace.due(step, time.monotonic())
-
-    trainer.save_state = save_state
-    steering = Steering(ranks, signals, due, ready)
-    for callback in (
-        Seeds(config.spec.training.seed, ranks.rank),
-        Progress(journal, data.plan, reporter, ranks),
-        steering,
-    ):
-        trainer.add_callback(callback)
-    return steering
 
 
 def figures(trainer: Any, data: Data, ranks: Ranks, sizing: Sizing, suffix: str) -> dict[str, float]:

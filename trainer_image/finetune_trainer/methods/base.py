@@ -28,6 +28,8 @@ class MethodTrainer(Trainer):  # type: ignore[misc]
         self.loss_is_scaled_for_ga = True
         self.save_state: Callable[[], None] = lambda: None
         """What a callback's `control.should_save` brings about. Collective."""
+        self.evaluate_state: Callable[[], None] = lambda: None
+        """The same of `control.should_evaluate`, which comes before it."""
 
     def measure(self, data: Any, ranks: Ranks, batch_size: int, groups: Groups) -> dict[str, float]:
         """Figures on held-out data of the kind that the method learns from, by name: of all of it and of each group.
@@ -51,6 +53,11 @@ class MethodTrainer(Trainer):  # type: ignore[misc]
         batches = list(islice(epoch_iterator, num_batches))
         items = [batch.pop("num_items") for batch in batches]
         return batches, items[0] if items else None
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        self.control.should_evaluate = False
+        self.evaluate_state()
+        return {}
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.save_state()
