@@ -32,9 +32,9 @@ class Data(NamedTuple):
     plan: Plan
     held: dict[Split, HeldOut]
     """Validation, test and retention data, where there are any."""
-
     fetch: Callable[[int], None]
     """See `MicroBatches.fetch`."""
+
     @property
     def held_out(self) -> int:
         """Examples that are evaluated."""
@@ -83,14 +83,14 @@ def load_data(config: RunConfig, work: WorkDir, ranks: Ranks) -> Data:
 
 def micro_batches(data: Data, config: RunConfig, ranks: Ranks, micro_batch: int, flat: bool) -> MicroBatches:
     """`flat`: see `batches.collate`."""
-    places = {"rank": ranks.rank, "world_size": ranks.world_size, "micro_batch": micro_batch}
-    match data.train:
     batches = _micro_batches(data, config, ranks, micro_batch, flat)
     batches.fetch = data.fetch
     return batches
 
 
 def _micro_batches(data: Data, config: RunConfig, ranks: Ranks, micro_batch: int, flat: bool) -> MicroBatches:
+    places = {"rank": ranks.rank, "world_size": ranks.world_size, "micro_batch": micro_batch}
+    match data.train:
         case Pairs():
             return PairBatches(data.plan, data.train, **places)
         case Unpaired():
@@ -102,15 +102,15 @@ def _micro_batches(data: Data, config: RunConfig, ranks: Ranks, micro_batch: int
             return MicroBatches(data.plan, data.train, packed=packed(config), flat=flat, **places)
 
 
+def _nothing(step: int) -> None:
+    """All tokens lie on the disk."""
+
+
 def packed(config: RunConfig) -> bool:
     return bool(config.spec.method.sft and config.spec.method.sft.packing)
 
 
 def sequences(data: Held) -> Examples:
-def _nothing(step: int) -> None:
-    """All tokens lie on the disk."""
-
-
     """One sequence of each example: of pairs the chosen one."""
     match data:
         case Pairs():
