@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,6 +15,7 @@ from support.waiting import eventually
 
 if TYPE_CHECKING:
     from finetune_sandbox.up import Sandbox
+    from support.operating import Scene
 
 
 @pytest.fixture(scope="session")
@@ -49,3 +51,22 @@ async def namespace(api: Api) -> AsyncIterator[str]:
     await eventually(lambda: api.get(account), "default ServiceAccount", until=lambda answer: answer.status == 200)
     yield name
     await api.delete(f"/api/v1/namespaces/{name}")
+
+
+@pytest.fixture
+async def scene(cluster: Sandbox, api: Api, namespace: str, tmp_path: Path) -> AsyncIterator[Scene]:
+    """One namespace with a profile before `cluster`; no operator runs yet."""
+    from support.operating import GROUP, Operator, Proxy, Scene  # here, so that the unit tests need not wait for them
+    from support.reporting import install_crds
+    from support.world import make_profile
+
+    await install_crds(api)
+    profile = make_profile(f"profile-{secrets.token_hex(4)}", default=False)
+    del profile["metadata"]["resourceVersion"]
+    (await api.create(f"{GROUP}/finetuneprofiles", profile)).must(201)
+    async with Proxy.running(cluster.kubeconfig) as proxy:
+        operator = Operator(tmp_path, proxy, namespace)
+        yield Scene(api, namespace, profile["metadata"]["name"], operator, proxy)
+        if operator.process:
+            await operator.stop()
+    await api.delete(f"{GROUP}/finetuneprofiles/{profile['metadata']['name']}")

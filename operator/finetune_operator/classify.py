@@ -92,6 +92,8 @@ def _failure(child: Child, pods: Sequence[Pod], time: datetime.datetime) -> Endi
         rank=said.rank if said else None,
         node=cause.pod.node,
         resumed_from_step=said.resumed_from_step if said else None,
+        # A gate that is not met costs no result: it is published first.
+        result=said.result if said else None,
         told=said is not None,
     )
 

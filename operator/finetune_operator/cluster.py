@@ -77,6 +77,7 @@ KINDS: Mapping[str, Kind] = {
     "Service": Kind("/api/v1", "services"),
     "ConfigMap": Kind("/api/v1", "configmaps"),
     "Event": Kind("/api/v1", "events"),
+    "Lease": Kind("/apis/coordination.k8s.io/v1", "leases"),
     "TokenReview": Kind("/apis/authentication.k8s.io/v1", "tokenreviews", namespaced=False),
 }
 
@@ -136,7 +137,7 @@ class Cluster(Protocol):
         """Merge-patches status.trainerStatus and nothing else. False: the job is gone, or is not at that version."""
 
 
-Method = Literal["GET", "POST", "PATCH", "DELETE"]
+Method = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
 RETRIED = (429, 502, 503, 504)
 """Codes that say `later`: nothing was done, or doing it twice does no harm, since names and UIDs are fixed."""
 
@@ -193,6 +194,12 @@ class KubeCluster:
     async def create(self, manifest: Object) -> Object:
         path = _path(manifest["kind"], manifest["metadata"]["namespace"])
         return await self._call("POST", path, {"fieldManager": FIELD_MANAGER}, manifest)
+
+    async def replace(self, manifest: Object) -> Object:
+        """ApiError's status is 409 where the object is not at the manifest's resourceVersion any more."""
+        metadata = manifest["metadata"]
+        path = _path(manifest["kind"], metadata["namespace"], metadata["name"])
+        return await self._call("PUT", path, {"fieldManager": FIELD_MANAGER}, manifest)
 
     async def delete(self, kind: str, namespace: str, name: str, uid: str, resource_version: str | None = None) -> bool:
         preconditions = {"uid": uid} | ({"resourceVersion": resource_version} if resource_version else {})

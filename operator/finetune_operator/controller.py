@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+import os
+import socket
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
@@ -11,6 +13,7 @@ from urllib.parse import urlsplit
 from pydantic import ValidationError
 
 from finetune_operator.cluster import ApiError, KubeCluster, load_configuration
+from finetune_operator.leader import Election, Lost, Terms
 from finetune_operator.manifests import ATTEMPT_LABEL, JOB_LABEL, Context
 from finetune_operator.metrics import Metrics, MetricsServer
 from finetune_operator.news import ChildNews, JobNews, job_facts, job_fingerprint, pod_facts, prepares
@@ -45,6 +48,8 @@ class Controller:
         self._stack = AsyncExitStack()
         self._heard: float | None = None
         self._listed = False
+        self._acting = settings.lease is None
+        """False while another operator leads: what is heard is remembered, and nothing is done about it."""
 
     async def start(self) -> None:
         """Raises ApiError where the API server does not answer or does not know our kinds, TlsError, OSError."""
@@ -62,12 +67,43 @@ class Controller:
         self._stack.push_async_callback(self._cluster.close)
         self._profiles = Profiles(self._cluster)
         await self._start_servers()
-        await self._resync()
         await self._start_metrics()
-        for name, work in (("queue", self._queue.run(self.settings.workers)), ("resync", self._resync_forever())):
-            task = asyncio.create_task(work, name=name)
-            task.add_done_callback(self._ended)
-            self._stack.push_async_callback(_cancel, task)
+        if self.settings.lease is None:
+            await self._resync()
+            work = self._act()
+        else:
+            work = self._lead(self._election(self.settings.lease))
+        task = asyncio.create_task(work, name="controller")
+        task.add_done_callback(self._ended)
+        self._stack.push_async_callback(_cancel, task)
+
+    async def _act(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._queue.run(self.settings.workers), name="queue")
+            tasks.create_task(self._resync_forever(), name="resync")
+
+    def _election(self, lease: str) -> Election:
+        namespace, name = lease.split("/")
+        seconds = self.settings.lease_seconds
+        identity = self.settings.identity or f"{socket.gethostname()}-{os.getpid()}"
+        return Election(self._cluster, namespace, name, identity, Terms(seconds, seconds * 2 / 3, seconds / 7.5))
+
+    async def _lead(self, election: Election) -> None:
+        """Waits for the lease and acts while it is held. Its end is the end of the process."""
+        await election.win()
+        self.metrics.leader.set(1)
+        # From here on what is heard is put on the queue; what was heard before is looked at once.
+        self._acting = True
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(election.keep(), name="lease")
+                await self._resync()
+                tasks.create_task(self._act(), name="work")
+        except* Lost as group:
+            self.failure = str(group.exceptions[0])
+            raise
+        finally:
+            await election.give_up()
 
     async def stop(self) -> None:
         # kopf waits some seconds for its own task that waits for this flag, even where a signal ended it.
@@ -100,7 +136,7 @@ class Controller:
 
     def problem(self) -> str | None:
         """Why the probe should fail; None while all is well."""
-        if not self._listed or self._heard is None:
+        if self._heard is None or (self._acting and not self._listed):
             return "the first LIST is not done"
         silence = self._clock() - self._heard
         if silence > self.settings.stale_seconds:
@@ -108,6 +144,8 @@ class Controller:
         return None
 
     def _add(self, key: Key) -> None:
+        if not self._acting:
+            return
         self.metrics.queue_adds.inc()
         self._queue.add(key)
 
@@ -220,7 +258,7 @@ class Controller:
     def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled():
             logger.error("%s ended, and with it the operator", task.get_name(), exc_info=task.exception())
-            self.failure = f"{task.get_name()} ended"
+            self.failure = self.failure or f"{task.get_name()} ended"
             self.over.set()
 
 

@@ -56,6 +56,7 @@ class Metrics:
         self._errors = Counter(_PREFIX + "reconcile_errors", "Failed reconciles by kind.", ["kind"], registry=registry)
         self.queue_depth = Gauge(_PREFIX + "queue_depth", "Keys that wait for a reconcile.", registry=registry)
         """`set_function(lambda: len(queue))` reads it when it is scraped."""
+        self.leader = Gauge(_PREFIX + "leader", "1 where this operator acts, 0 where it stands by.", registry=registry)
         self.queue_adds = Counter(_PREFIX + "queue_adds", "Keys put on the queue.", registry=registry)
         self.queue_retries = Counter(_PREFIX + "queue_retries", "Keys put back after an error.", registry=registry)
         self._api_requests = Counter(

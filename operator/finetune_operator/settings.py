@@ -5,7 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 PREFIX = "FINETUNE_OPERATOR_"
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda text: tuple(text.split()) if isinstance(text, str) else text)]
@@ -28,6 +28,12 @@ class Settings(BaseModel):
     stale_seconds: Annotated[float, Field(gt=0)] = 900.0
     """Without an answer of the API server for this long the liveness probe fails: a restart may find a way. Several
     times resync_seconds, because an idle operator asks no more often than that."""
+    lease: str | None = None
+    """`namespace/name` of a Lease: of all operators that name it, one acts and the others stand by. None: it acts."""
+    lease_seconds: Annotated[float, Field(ge=1)] = 15.0
+    """How long a leader that has fallen silent is waited for."""
+    identity: str = ""
+    """Who holds the lease: the pod's name. Empty: host and process."""
     liveness_host: str = "127.0.0.1"
     """Where the liveness server listens. The kubelet needs the pod's address: 0.0.0.0 in a cluster."""
     liveness_port: Port | None = None
@@ -52,6 +58,13 @@ class Settings(BaseModel):
     """auto: plain lines on a terminal, one JSON object for each line otherwise."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Of the operator's own lines; those of libraries begin at WARNING."""
+
+    @field_validator("lease")
+    @classmethod
+    def _namespace_and_name(cls, value: str | None) -> str | None:
+        if value is not None and len(value.split("/")) != 2:
+            raise ValueError("it must be namespace/name")
+        return value
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Self:

@@ -62,7 +62,8 @@ def test_names_are_unique() -> None:
 
 def test_the_operator_has_no_right_on_secrets_and_no_wildcard() -> None:
     for values in VARIANTS.values():
-        for role in of_kind(render(values), "ClusterRole"):
+        manifests = render(values)
+        for role in of_kind(manifests, "ClusterRole") + of_kind(manifests, "Role"):
             for rule in role["rules"]:
                 words = {*rule["apiGroups"], *rule["resources"], *rule["verbs"]}
                 assert "*" not in words
@@ -71,7 +72,8 @@ def test_the_operator_has_no_right_on_secrets_and_no_wildcard() -> None:
 
 def test_named_namespaces_get_bindings_of_their_own() -> None:
     manifests = render(VARIANTS["namespaces"])
-    assert {b["metadata"]["namespace"] for b in of_kind(manifests, "RoleBinding")} == {"team-a", "team-b"}
+    bindings = [b for b in of_kind(manifests, "RoleBinding") if b["roleRef"]["kind"] == "ClusterRole"]
+    assert {b["metadata"]["namespace"] for b in bindings} == {"team-a", "team-b"}
     assert [b["roleRef"]["name"] for b in of_kind(manifests, "ClusterRoleBinding")] == ["ft-global"]
 
 
@@ -92,7 +94,10 @@ def test_the_settings_are_the_operators() -> None:
 
     (deployment,) = of_kind(render(VARIANTS["namespaces"]), "Deployment")
     env = deployment["spec"]["template"]["spec"]["containers"][0]["env"]
-    settings = Settings.from_environment({entry["name"]: entry["value"] for entry in env})
+    settings = Settings.from_environment({entry["name"]: entry.get("value", "pod-a") for entry in env})
+    assert settings.lease == "finetune-system/ft"
+    (role,) = of_kind(render({}), "Role")
+    assert {tuple(rule.get("resourceNames", ())) for rule in role["rules"]} == {(), ("ft",)}
     assert settings.namespaces == ("team-a", "team-b")
     assert settings.progress_url == "https://ft-progress.finetune-system.svc:8443"
     assert [entry["name"] for entry in env if not entry["name"].startswith(PREFIX)] == ["HOME"]

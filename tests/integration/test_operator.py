@@ -4,40 +4,21 @@ No node runs the pods: the test tells of them what a kubelet would.
 """
 
 import asyncio
-import secrets
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import aiohttp
 import pytest
 
 from finetune_api.failures import Reason, TerminationMessage
-from support.api import Api, Object
-from support.operating import GROUP, Operator, Proxy, Scene
-from support.reporting import install_crds
+from support.api import Object
+from support.operating import Scene
 from support.waiting import eventually
-from support.world import PREPARED, RESULT, make_profile
+from support.world import PREPARED, RESULT
 
 if TYPE_CHECKING:
-    from finetune_sandbox.up import Sandbox
+    pass
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture
-async def scene(cluster: "Sandbox", api: Api, namespace: str, tmp_path: Path) -> AsyncIterator[Scene]:
-    """No operator runs yet."""
-    await install_crds(api)
-    profile = make_profile(f"profile-{secrets.token_hex(4)}", default=False)
-    del profile["metadata"]["resourceVersion"]
-    (await api.create(f"{GROUP}/finetuneprofiles", profile)).must(201)
-    async with Proxy.running(cluster.kubeconfig) as proxy:
-        operator = Operator(tmp_path, proxy, namespace)
-        yield Scene(api, namespace, profile["metadata"]["name"], operator, proxy)
-        if operator.process:
-            await operator.stop()
-    await api.delete(f"{GROUP}/finetuneprofiles/{profile['metadata']['name']}")
 
 
 @pytest.fixture
