@@ -88,6 +88,8 @@ class PreparedData(ApiModel):
     base_model_sha256: Sha256
     adapter: list[PinnedObject] = []
     """Of the earlier adapter, where the job starts from one: its two files and its manifest."""
+    reward_model: list[PinnedObject] = []
+    """Of the reward model that the method names: a whole model's files, or an adapter's on the base model."""
     model: ModelShape
     kind: Kind = "Tokens"
     classes: list[ShortText] = []
@@ -102,8 +104,6 @@ class PreparedData(ApiModel):
     stages: dict[str, Sha256] = {}
     """Of a job with stages, which has no shards of its own: SHA-256 of each stage's `data/<stage>/index.json`."""
 
-
-class StageSummary(ApiModel):
     @property
     def train_bytes(self) -> int:
         """Of all training tokens, decoded."""
@@ -115,6 +115,8 @@ class StageSummary(ApiModel):
         held_out = sum(shard.decoded_bytes for shard in self.shards if shard.split != "train")
         return held_out + (min(self.train_bytes, self.outline.cache_bytes) if self.outline else self.train_bytes)
 
+
+class StageSummary(ApiModel):
     """What the operator sizes a stage by."""
 
     train_tokens: Count

@@ -46,6 +46,13 @@ class Examples:
     def lengths(self) -> Ints:
         return cast(Ints, np.diff(self.offsets))
 
+    def of(self, ids: Ints) -> "Examples":
+        """Some of them, in this order."""
+        parts = [np.arange(self.offsets[i], self.offsets[i + 1]) for i in ids]
+        tokens = np.concatenate(parts) if parts else np.zeros(0, np.int64)
+        ends = np.concatenate([[0], np.cumsum(self.lengths[ids])]).astype(np.int64)
+        return Examples(self.input_ids[tokens], self.labels[tokens], ends, self.dataset[ids])
+
     def trained(self) -> Ints:
         """Tokens of each example that carry loss: the first one has nothing to be predicted from."""
         if self.learned is not None:
@@ -206,6 +213,10 @@ class Plan:
             for start in range(0, len(ids), per_micro_step)
         ]
 
+    def window_of(self, step: int) -> int:
+        """Steps of the same window take their rows from the same part of the stream."""
+        return step // self.repeats // WINDOW
+
     def coming(self, step: int, count: int) -> Ints:
         """(at most `count`,) row ids that are trained on next, from the beginning of the window of `step` on."""
         start = self.window_of(step) * WINDOW * self.global_batch
@@ -213,10 +224,6 @@ class Plan:
 
     def _make_window(self, window: int) -> list[Ints]:
         steps = min(WINDOW, max(1, self._batches - window * WINDOW))
-    def window_of(self, step: int) -> int:
-        """Steps of the same window take their rows from the same part of the stream."""
-        return step // self.repeats // WINDOW
-
         start = window * WINDOW * self.global_batch
         ids = self._stream(start, start + steps * self.global_batch)
         rng = np.random.default_rng((self.seed, window, 1))
