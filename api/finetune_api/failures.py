@@ -4,11 +4,14 @@ The exit code says the class even where the message was lost (a SIGKILL leaves n
 lie between those of Python and argparse (1, 2) and those of shells and signals (126-255).
 """
 
+import json
+import math
 from enum import StrEnum
 from typing import Annotated, Literal, Self
 
 from pydantic import Field
 
+from finetune_api.figures import foremost
 from finetune_api.model import ApiModel, S3Uri, Sha256, ShortText
 from finetune_api.run import PreparedSummary
 
@@ -39,6 +42,13 @@ class Reason(StrEnum):
     GATE_NOT_MET = "GateNotMet"
     MAX_ATTEMPTS_REACHED = "MaxAttemptsReached"
 
+
+LIMIT = 4096
+"""Bytes of a termination message that Kubernetes keeps."""
+MESSAGE_BYTES = 1024
+"""What a message is cut to where it and the figures are too long together."""
+MAX_FIGURES = 128
+"""The bound of status.result.metrics."""
 
 Outcome = Literal["Succeeded", "Preempted", "Retryable", "Permanent"]
 """What an ended attempt means: Preempted costs no attempt, Retryable costs one, Permanent ends the job."""
@@ -111,12 +121,31 @@ class TerminationMessage(ApiModel):
     prepared: PreparedSummary | None = None
 
     def encode(self) -> bytes:
-        """At most 4,096 bytes of JSON: the message is cut where the whole is too long."""
-        data = self.model_dump_json(by_alias=True, exclude_none=True).encode()
-        if len(data) <= 4096:
-            return data
-        room = max(0, len(self.message.encode()) - (len(data) - 4096) - 8)
-        return self.model_copy(update={"message": self.message.encode()[:room].decode(errors="ignore") + "…"}).encode()
+        """At most 4,096 bytes of JSON, made so by leaving out figures, the least telling first, and cutting messages."""
+        said = self
+        if said.result:
+            # JSON has no word for what is no number.
+            told = {name: value for name, value in said.result.metrics.items() if math.isfinite(value)}
+            said = said._with_figures(foremost(told, MAX_FIGURES))
+        said = said._with_message(MESSAGE_BYTES) if len(said._json()) > LIMIT else said
+        while said.result and said.result.metrics and len(said._json()) > LIMIT:
+            said = said._with_figures(dict(list(said.result.metrics.items())[:-1]))
+        if (over := len(said._json()) - LIMIT) > 0 and said.prepared:
+            text = _cut(said.prepared.message, _size(said.prepared.message) - over)
+            said = said.model_copy(update={"prepared": said.prepared.model_copy(update={"message": text})})
+        if (over := len(said._json()) - LIMIT) > 0:
+            said = said._with_message(_size(said.message) - over)
+        return said._json()
+
+    def _json(self) -> bytes:
+        return self.model_dump_json(by_alias=True, exclude_none=True).encode()
+
+    def _with_figures(self, metrics: dict[str, float]) -> Self:
+        assert self.result
+        return self.model_copy(update={"result": self.result.model_copy(update={"metrics": metrics})})
+
+    def _with_message(self, room: int) -> Self:
+        return self.model_copy(update={"message": _cut(self.message, room)})
 
     @classmethod
     def decode(cls, text: str) -> Self | None:
@@ -125,6 +154,20 @@ class TerminationMessage(ApiModel):
             return cls.model_validate_json(text)
         except ValueError:
             return None
+
+
+def _cut(text: str, room: int) -> str:
+    """The beginning of it that takes at most `room` bytes of JSON."""
+    if _size(text) <= room:
+        return text
+    kept, left = 0, room - 3
+    while (left := left - _size(text[kept])) >= 0:
+        kept += 1
+    return text[:kept] + "…" * (room >= 3)
+
+
+def _size(text: str) -> int:
+    return len(json.dumps(text, ensure_ascii=False).encode()) - 2
 
 
 class FineTuneError(Exception):

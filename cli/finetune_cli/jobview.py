@@ -189,16 +189,19 @@ def _attempts(job: Object) -> list[list[Any]]:
 
 
 def result(job: Object) -> list[str]:
-    """How a finished job ended: for a Complete one the adapter's URI and the metrics, else the reason."""
+    """How a finished job ended: for a Failed one the reason; where something was published, its URI and the metrics."""
     name, ended = job["metadata"]["name"], outcome(job)
     count = attempts(job)
     tries = f"{count} attempt{'' if count == 1 else 's'}"
+    published = status(job).get("result") or {}
+    lines = [f"{name} is complete after {tries}"] if ended else []
     if ended == "Failed":
         why = condition(job, "Failed") or {}
-        return [f"{name} failed after {tries}: {why.get('reason')}: {why.get('message')}"]
-    published = status(job).get("result") or {}
+        lines = [f"{name} failed after {tries}: {why.get('reason')}: {why.get('message')}"]
+        if not published:
+            return lines
+        lines += ["what it published is kept:"]
     metrics = published.get("metrics") or {}
-    lines = [f"{name} is complete after {tries}"] if ended else []
     lines += table(
         [
             ["Adapter", published.get("uri")],

@@ -118,3 +118,13 @@ def test_a_condition_that_is_not_true_is_no_end() -> None:
 @pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 << 40, "3.0 TiB")])
 def test_sizes(count: int, text: str) -> None:
     assert jobview.size(count) == text
+
+
+def test_a_job_that_failed_at_a_gate_shows_why_and_what_it_published() -> None:
+    why = condition("Failed", "GateNotMet", "evaluation.gates[0]: evalLoss is 2.5; at most 2 is wanted")
+    lines = jobview.result(job(state="Failed", conditions=[why], attemptCount=1, result=RESULT))
+    assert lines[0] == (
+        "bot failed after 1 attempt: GateNotMet: evaluation.gates[0]: evalLoss is 2.5; at most 2 is wanted"
+    )
+    assert "Adapter          s3://out/bot/uid/" in lines
+    assert "evalLoss         2.5" in lines

@@ -7,7 +7,7 @@ import pytest
 from finetune_api.failures import Reason
 from finetune_api.jobstatus import Attempt
 from finetune_operator.attempts import KEEP, backoff, bounded, failures
-from support.world import START, World, make_job, rfc3339, started
+from support.world import RESULT, START, World, make_job, rfc3339, started
 
 
 async def test_a_retryable_end_is_followed_by_the_next_attempt_after_a_pause() -> None:
@@ -117,3 +117,30 @@ def test_preemptions_are_forgotten_before_failures() -> None:
     assert len(kept) == KEEP
     assert failures(kept) == failures(many) == 40
     assert kept[-1].number == 399
+
+
+async def test_a_gate_that_is_not_met_fails_the_job_and_keeps_what_was_published() -> None:
+    world = await started(World(make_job().build()))
+    text = "evaluation.gates[0]: rougeL is 0.21; at least 0.3 is wanted"
+    metrics = {"rougeL": 0.21, "evalLoss": 1.5} | {f"evalLoss.d.s{i}": 1.0 for i in range(300)}
+    result = RESULT.model_copy(update={"metrics": metrics})
+    world.fail("support-bot-0", Reason.GATE_NOT_MET, text, exit_code=78, result=result)
+    await world.settle()
+    assert world.state == "Failed"
+    failed = world.status.condition("Failed")
+    assert failed
+    assert (failed.status, failed.reason, failed.message) == ("True", "GateNotMet", text)
+    assert world.status.message == text
+    [attempt] = world.status.attempts
+    assert (attempt.outcome, attempt.reason, attempt.exit_code) == ("Permanent", "GateNotMet", 78)
+    assert world.status.result
+    assert (world.status.result.uri, world.status.result.metrics["rougeL"]) == (RESULT.uri, 0.21)
+    assert 2 < len(world.status.result.metrics) <= 128
+    assert world.names("Job") == ["support-bot-0", "support-bot-prepare"]
+
+
+async def test_another_permanent_end_has_no_result() -> None:
+    world = await started(World(make_job().build()))
+    world.fail("support-bot-0", Reason.DIVERGED, "the loss is not a number")
+    await world.settle()
+    assert (world.state, world.status.result) == ("Failed", None)

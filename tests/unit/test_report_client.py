@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from finetune_trainer.report import Reporter, Server
+from finetune_trainer.report import Reporter, Server, told
 from support.s3 import unused_port
 
 
@@ -140,3 +140,10 @@ def test_without_a_url_or_on_other_ranks_nothing_is_sent(
     other.close()
     assert capsys.readouterr().out == ""
     assert server.reports == []
+
+
+def test_of_many_figures_those_over_everything_are_told() -> None:
+    many = {f"evalLoss.data.slice-{i}": 1.0 for i in range(500)} | {f"evalLoss.data.{'s' * 64}": 1.0}
+    found = told(many | {"loss": 2.0, "evalLoss": 1.5, "evalLossBefore": 2.5})
+    assert [metric.name for metric in found[:3]] == ["loss", "evalLoss", "evalLossBefore"]
+    assert len(found) == 64
