@@ -90,6 +90,8 @@ class PreparedData(ApiModel):
     """Of the earlier adapter, where the job starts from one: its two files and its manifest."""
     reward_model: list[PinnedObject] = []
     """Of the reward model that the method names: a whole model's files, or an adapter's on the base model."""
+    reward_model: list[PinnedObject] = []
+    """Of the reward model that the method names: a whole model's files, or an adapter's on the base model."""
     model: ModelShape
     kind: Kind = "Tokens"
     classes: list[ShortText] = []

@@ -74,6 +74,14 @@ def _spec(spec: FineTuneJobSpec, stage: Stage) -> FineTuneJobSpec:
     )
 
 
+def reward_stage(stages: Sequence[EffectiveStage], number: int) -> int | None:
+    """The newest Reward stage before a stage that learns from scored answers, where it names no reward model itself."""
+    rollout = stages[number].spec.method.rollout
+    if rollout is None or rollout.reward_model:
+        return None
+    return next((s.number for s in reversed(stages[:number]) if s.spec.method.type == "Reward" and not s.generate), None)
+
+
 class Origin(NamedTuple):
     """What a stage starts from."""
 

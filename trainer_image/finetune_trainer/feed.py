@@ -12,11 +12,12 @@ from finetune_trainer.evaluation.groups import Groups, groups_of
 from finetune_trainer.labelled import ClassBatches
 from finetune_trainer.mix import weights_of
 from finetune_trainer.preferences import PairBatches, UnpairedBatches, rows_of_pairs
-from finetune_trainer.shards import Classes, Pairs, Unpaired
+from finetune_trainer.prompting import PromptBatches
+from finetune_trainer.shards import Classes, Pairs, Prompts, Unpaired
 from finetune_trainer.workdir import WorkDir
 
 HELD_OUT: tuple[Split, ...] = ("validation", "test", "retention")
-Held = Examples | Pairs | Unpaired | Classes
+Held = Examples | Pairs | Unpaired | Classes | Prompts
 
 
 class HeldOut(NamedTuple):
@@ -63,6 +64,7 @@ def load_data(config: RunConfig, work: WorkDir, ranks: Ranks) -> Data:
         seed=training.seed,
         epochs=training.epochs,
         max_steps=training.max_steps,
+        repeats=rollout.updates if (rollout := spec.method.rollout) else 1,
     )
     known = {split: part for split, part in held.items() if len(part.groups.leaf)}
     fetch = streaming.Stream(config, index, plan, work, ranks) if index.outline else _nothing
@@ -98,6 +100,9 @@ def _micro_batches(data: Data, config: RunConfig, ranks: Ranks, micro_batch: int
             return UnpairedBatches(data.plan, data.train, max_length=data.prepared.max_tokens, **places)
         case Classes():
             return ClassBatches(data.plan, data.train, **places)
+        case Prompts():
+            rollout = config.spec.method.rollout
+            return PromptBatches(data.plan, data.train, answers=rollout.answers if rollout else 1, **places)
         case Examples():
             return MicroBatches(data.plan, data.train, packed=packed(config), flat=flat, **places)
 
@@ -115,7 +120,7 @@ def sequences(data: Held) -> Examples:
     match data:
         case Pairs():
             return data.chosen
-        case Unpaired() | Classes():
+        case Unpaired() | Classes() | Prompts():
             return data.examples
         case Examples():
             return data
@@ -135,12 +140,10 @@ def _load(index: PreparedData, split: Split, work: WorkDir) -> Held:
             return shards.load_unpaired(split, work)
         case "Classes":
             return shards.load_classes(split, work, index.classes)
+        case "Prompts":
+            return shards.load_prompts(split, work)
         case "Tokens":
             return shards.load(split, work)
-        case _:
-            raise FineTuneError(
-                Reason.INVALID_SPEC, f"spec.method: this version does not train on {index.kind.lower()}"
-            )
 
 
 def _rows(train: Held, config: RunConfig) -> Rows:

@@ -35,6 +35,7 @@ from finetune_trainer.methods import make_trainer, task_of
 from finetune_trainer.outcome import failure_of, write_outcome
 from finetune_trainer.output import Trained, publish_output, publish_stage, save_output
 from finetune_trainer.report import Reporter
+from finetune_trainer.rewards import load_rewards
 from finetune_trainer.runconfig import read_config
 from finetune_trainer.start import StageRun
 from finetune_trainer.steering import Course
@@ -81,7 +82,8 @@ def train(run: StageRun, signals: Signals, reporter: Reporter, end: "End") -> No
     names = [dataset.name for dataset in spec.datasets]
     end.journal = journal = Journal(resumed.saved if resumed else None, data.plan, names)
     batches = micro_batches(data, config, ranks, sizing.micro_batch_size, flat=attention == "flash_attention_2")
-    trainer = make_trainer(spec.method, tuned, args, batches)
+    rewards = load_rewards(run, store, ranks) if spec.method.rollout else None
+    trainer = make_trainer(spec.method, tuned, args, batches, rewards)
     course = Course(
         trainer,
         config,
@@ -101,7 +103,7 @@ def train(run: StageRun, signals: Signals, reporter: Reporter, end: "End") -> No
     metrics |= retained(run, trainer, data, ranks)
     reporter.progress(journal.step, data.plan.total_steps, metrics, 0)
     reporter.phase("Saving")
-    parameters, _, _ = state.capture(trainer)
+    parameters = trainer.published(state.capture(trainer)[0])
     distributed.stop(ranks)
     if ranks.is_main:
         kind = save_output(run, Trained(tuned, parameters, initial, dtype, task, classes))

@@ -4,6 +4,7 @@ A stage of a job with stages has folders of its own in `data`, `checkpoints` and
 
 model/                    the base model, as pulled (config.json, *.safetensors, tokenizer files)
 adapter/                  the earlier adapter, where the job starts from one
+reward-model/             the reward model, where one is named; of a stage in a folder of its own
 data/index.json           finetune_api.run.PreparedData
 data/<Shard.key>          every shard under its key
 checkpoints/step-…/       checkpoints, being written or being resumed
@@ -35,6 +36,10 @@ class WorkDir:
     @property
     def adapter(self) -> Path:
         return self.root / "adapter"
+
+    @property
+    def reward_model(self) -> Path:
+        return self.root / "reward-model" / self.stage
 
     @property
     def data(self) -> Path:

@@ -20,6 +20,9 @@ from finetune_trainer.evaluation.groups import Groups
 class MethodTrainer(Trainer):  # type: ignore[misc]
     """A method says what the loss of a micro-batch is (`compute_loss`) and what is measured on held-out data."""
 
+    private = ""
+    """Trained parameters whose names begin so serve the training alone: they are not published."""
+
     def __init__(self, model: Any, args: TrainingArguments, batches: MicroBatches) -> None:
         super().__init__(model=model, args=args)
         # It would print every line a second time, on every rank.
@@ -37,6 +40,11 @@ class MethodTrainer(Trainer):  # type: ignore[misc]
         Collective; raises Diverged.
         """
         raise NotImplementedError
+
+    def published(self, parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Those of the trained parameters that are part of the result."""
+        hidden = self.private
+        return {name: value for name, value in parameters.items() if not (hidden and name.startswith(hidden))}
 
     def start_at(self, step: int) -> None:
         """Continue after `step` optimizer steps; for `on_train_begin`."""

@@ -85,6 +85,15 @@ def odds_ratio_losses(chosen: torch.Tensor, rejected: torch.Tensor, beta: float)
     return -beta * logsigmoid(odds)
 
 
+def clipped_losses(moved: torch.Tensor, advantages: torch.Tensor, clip_range: float) -> torch.Tensor:
+    """The clipped surrogate objective, negated (Schulman et al. 2017, equation 7).
+
+    `moved`: log-probability of an action less what it was when the action was taken; `advantages`: of that shape.
+    """
+    ratio = torch.exp(moved)
+    return -torch.min(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages)
+
+
 def reward_losses(chosen: torch.Tensor, rejected: torch.Tensor, centring: float) -> torch.Tensor:
     """Bradley-Terry on the scores of each pair; `centring` pulls their sum to zero (Eisenstein et al. 2023)."""
     return -logsigmoid(chosen - rejected) + centring * (chosen + rejected) ** 2
