@@ -8,7 +8,7 @@ from finetune_api.formats import Kind
 _PREFERENCES = ("evalLoss", "rewardMargin", "preferenceAccuracy")
 _REWARDS = ("meanReward", "kl")
 FIGURES: dict[str, tuple[str, ...]] = {
-    "SFT": ("evalLoss", "perplexity"),
+    "SFT": ("evalLoss", "perplexity", "tokenAccuracy"),
     "DPO": _PREFERENCES,
     "KTO": _PREFERENCES,
     "ORPO": _PREFERENCES,

@@ -85,7 +85,7 @@ def job_fingerprint(raw: Object) -> int:
     """Equal for two versions of a FineTuneJob between which nothing changed but how far its training is."""
     meta, status = raw["metadata"], dict(raw.get("status") or {})
     trainer = status.pop("trainerStatus", None) or {}
-    said = [trainer.get(key) for key in ("attempt", "phase", "checkpoint")]
+    said = [trainer.get(key) for key in ("attempt", "phase", "checkpoint", "warning")]
     # The UID: a job that was deleted and created anew. The annotations: whoever sets one is heard.
     known = [meta["uid"], meta.get("generation"), meta.get("deletionTimestamp"), meta.get("annotations"), status, said]
     return hash(json.dumps(known, sort_keys=True))

@@ -164,7 +164,14 @@ def _decide(situation: Situation, profiles: Sequence[Object]) -> Step:
 def _complete(situation: Situation, last: Attempt) -> Decision:
     result = _result(situation, last)
     text = f"published {result.uri}" if result else "completed; what it published was not told"
-    return situation.stand(Decision("Complete", text, result=result))
+    return situation.stand(Decision("Complete", _with_warning(situation, last, text), result=result))
+
+
+def _with_warning(situation: Situation, attempt: Attempt, text: str) -> str:
+    """With what the trainer of this attempt says is wrong, though it goes on: over-fitting."""
+    trainer = situation.subject.status.trainer_status
+    current = trainer is not None and trainer.attempt == attempt.number
+    return f"{text}; {trainer.warning}" if trainer and current and trainer.warning else text
 
 
 def _result(situation: Situation, last: Attempt) -> ResultStatus | None:
@@ -184,7 +191,8 @@ def _run(situation: Situation, job: FineTuneJob, attempt: Attempt, deadline: dat
     # Nothing tells when a node stops answering; only the pod's deletion, and then time.
     lost = [pod.deletion + history.LOST_AFTER for pod in pods if pod.deletion and not pod.over]
     if attempt.start_time:
-        decision = Decision("Running", f"attempt {attempt.number} runs on {_workers(child.workers)}")
+        text = f"attempt {attempt.number} runs on {_workers(child.workers)}"
+        decision = Decision("Running", _with_warning(situation, attempt, text))
         return Step(situation.stand(decision), due=(deadline, *lost))
     if child.suspended:
         step = Step(situation.stand(Decision("Queued", _start_text(job, attempt))))

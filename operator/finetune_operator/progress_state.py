@@ -89,6 +89,7 @@ def merge(before: TrainerStatus | None, after: TrainerStatus) -> TrainerStatus:
         total_steps=_or(after.total_steps, before.total_steps) if same_stage else after.total_steps,
         attempt=after.attempt,
         checkpoint=after.checkpoint or before.checkpoint,
+        warning=before.warning if same_stage and after.warning is None else after.warning,
     )
 
 

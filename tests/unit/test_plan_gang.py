@@ -88,6 +88,23 @@ async def test_complete_with_the_result_of_worker_0() -> None:
     assert world.names("Job") == ["support-bot-0", "support-bot-prepare"]
 
 
+@pytest.mark.parametrize(("attempt", "shown"), [(0, True), (1, False)])
+async def test_what_the_trainer_warns_of_stands_in_the_message(attempt: int, shown: bool) -> None:
+    """Only the current attempt's."""
+    world = await started(World(make_job().build()))
+    sentence = "training falls, validation rises since step 40"
+    world.job["status"]["trainerStatus"] = {"attempt": attempt, "warning": sentence}
+    await world.settle()
+    running = world.status.condition("Running")
+    assert running
+    assert running.message.endswith(f"; {sentence}") is shown
+    world.complete("support-bot-0")
+    await world.settle()
+    complete = world.status.condition("Complete")
+    assert complete
+    assert complete.message == f"published {RESULT.uri}" + (f"; {sentence}" if shown else "")
+
+
 async def test_a_finished_job_never_runs_again() -> None:
     world = await started(World(make_job().build()))
     world.complete("support-bot-0")

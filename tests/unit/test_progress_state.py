@@ -109,6 +109,14 @@ def test_the_next_stage_counts_its_own_steps() -> None:
     assert (after.stage, after.step, after.total_steps, after.progress_percentage) == ("two", 1, 300, 50)
 
 
+def test_a_warning_stays_until_it_is_taken_back_or_another_stage_begins() -> None:
+    before = report(attempt=0, stage="one", warning="training falls, validation rises since step 40")
+    assert merge(before, report(attempt=0, step=50)).warning == before.warning
+    assert merge(before, report(attempt=0, warning="")).warning == ""
+    assert merge(before, report(attempt=0, stage="two")).warning is None
+    assert merge(before, report(attempt=1)).warning is None
+
+
 def metrics(**values: str) -> list[Metric]:
     return [Metric(name=name, value=value) for name, value in values.items()]
 

@@ -11,8 +11,8 @@ import torch
 from finetune_api.failures import TrainingResult
 from finetune_api.manifest import RunInfo
 from finetune_trainer import card, log, save
-from finetune_trainer.journal import Journal
 from finetune_trainer.feed import Data
+from finetune_trainer.journal import Journal
 from finetune_trainer.model import Task
 from finetune_trainer.publish import now, publish
 from finetune_trainer.report import Reporter

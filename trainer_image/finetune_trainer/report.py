@@ -98,7 +98,8 @@ class Reporter:
 
     def warn(self, message: str) -> None:
         """What goes wrong without ending the run; empty: nothing any more."""
-        self._update(warning=message)
+        if message != (self._status.warning or ""):
+            self._update(warning=message)
 
     def checkpoint(self, uri: str, step: int) -> None:
         self._update(urgent=True, checkpoint=CheckpointStatus(uri=uri, step=step, time=_now()))
