@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from finetune_api.manifest import Manifest
+from finetune_api.modelfiles import model_shape, parse_header
 from finetune_api.sizing import trainable_parameters
 from finetune_api.tuning import Tuning
-from finetune_trainer.data.modelshape import model_shape, parse_header
 from support.gang import Gang, make_gang, make_tiny_model
 from support.s3 import S3, running_s3
 

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from finetune_api.failures import FineTuneError
+from finetune_api.modelfiles import Tensor, linear_modules, model_shape, parse_header, targeted
 from finetune_api.tuning import LoRA, Tuning
-from finetune_trainer.data.modelshape import Tensor, linear_modules, model_shape, parse_header, targeted
 
 GPT2 = {
     "wte.weight": Tensor("F32", (100, 8)),

@@ -2,7 +2,17 @@
 
 import pytest
 
-from finetune_api.sizing import Device, DoesNotFit, ModelShape, Request, memory, size, trainable_parameters
+from finetune_api.sizing import (
+    Device,
+    DoesNotFit,
+    ModelShape,
+    Placement,
+    Request,
+    explain,
+    memory,
+    size,
+    trainable_parameters,
+)
 from finetune_api.tuning import Freeze, LoRA, Tuning
 
 GIB = 1024**3
@@ -79,7 +89,7 @@ def test_a_chosen_micro_batch_is_kept() -> None:
         ({"global_batch_size": 4}, 80, "for example 8"),
         ({"micro_batch_size": 3}, 80, "training.microBatchSize: found 3; it must divide the 8 examples"),
         ({"strategy": "DDP"}, 16, "tuning.type QLoRA would fit"),
-        ({"tuning": Tuning(type="Full"), "world_size": 1}, 24, "tuning.type QLoRA would fit"),
+        ({"tuning": Tuning(type="Full"), "world_size": 1}, 24, "distribution.offload Auto would fit"),
         ({"tuning": Tuning(type="QLoRA")}, 4, "a profile with more memory per GPU is needed"),
     ],
 )
@@ -90,11 +100,12 @@ def test_what_does_not_fit_is_refused_with_what_would(changes: dict[str, object]
 
 def test_memory_falls_with_each_stage_and_grows_with_each_cost() -> None:
     full = request(tuning=Tuning(type="Full"))
-    stages = [memory(SHAPE_8B, full, gpu(80), s, 1, True) for s in ("DDP", "ZeRO1", "ZeRO2", "ZeRO3")]
+    stages = [memory(SHAPE_8B, full, gpu(80), Placement(s, 1, True)) for s in ("DDP", "ZeRO1", "ZeRO2", "ZeRO3")]
     assert stages == sorted(stages, reverse=True)
-    assert memory(SHAPE_8B, full, gpu(80), "DDP", 2, False) > memory(SHAPE_8B, full, gpu(80), "DDP", 1, False)
-    offloaded = full.model_copy(update={"offload": "Optimizer"})
-    assert memory(SHAPE_8B, offloaded, gpu(80), "ZeRO2", 1, True) < stages[2]
+    assert memory(SHAPE_8B, full, gpu(80), Placement("DDP", 2, False)) > memory(
+        SHAPE_8B, full, gpu(80), Placement("DDP", 1, False)
+    )
+    assert memory(SHAPE_8B, full, gpu(80), Placement("ZeRO2", 1, True, "Optimizer")) < stages[2]
 
 
 def test_freezing_all_layers_never_trains_more_than_there_is() -> None:
@@ -103,6 +114,47 @@ def test_freezing_all_layers_never_trains_more_than_there_is() -> None:
 
 
 def test_a_head_needs_no_logits_for_each_token() -> None:
-    tokens = memory(SHAPE_8B, request(), gpu(80), "DDP", 4, True)
-    rows = memory(SHAPE_8B, request(head=True), gpu(80), "DDP", 4, True)
+    tokens = memory(SHAPE_8B, request(), gpu(80), Placement("DDP", 4, True))
+    rows = memory(SHAPE_8B, request(head=True), gpu(80), Placement("DDP", 4, True))
     assert tokens - rows == pytest.approx(10 * 4 * 2048 * SHAPE_8B.vocab_size)
+
+
+@pytest.mark.parametrize("gib", [16, 24, 80])
+@pytest.mark.parametrize("tuning", ["LoRA", "QLoRA", "Full", "Freeze"])
+def test_what_is_explained_is_what_is_estimated(tuning: str, gib: int) -> None:
+    wanted = request(tuning=Tuning(type=tuning), offload="Auto")
+    found = explain(SHAPE_8B, wanted, gpu(gib))
+    plan = size(SHAPE_8B, wanted, gpu(gib))
+    assert found.sizing == plan
+    assert sum(term.bytes for term in found.terms) == plan.memory_per_gpu
+    assert found.placement == Placement(plan.strategy, plan.micro_batch_size, plan.gradient_checkpointing, plan.offload)
+
+
+def test_what_does_not_fit_is_explained_too() -> None:
+    found = explain(SHAPE_8B, request(tuning=Tuning(type="Full"), strategy="DDP"), gpu(24))
+    assert found.sizing is None
+    assert sum(term.bytes for term in found.terms) > found.budget
+    assert [other.placement.checkpointing for other in found.others] == [False]
+
+
+def test_the_other_ways_are_told_with_their_reason() -> None:
+    found = explain(SHAPE_8B, request(), gpu(24))
+    told = {(other.placement.strategy, other.placement.checkpointing): other.why_not for other in found.others}
+    assert found.placement.strategy == "DDP"
+    assert told["DDP", False] == "does not fit at micro-batch 1"
+    assert told["ZeRO3", True] == "fits too, and is slower"
+    assert len(told) == 7
+
+
+def test_offloading_is_chosen_only_where_it_may_be_and_nothing_else_fits() -> None:
+    full = request(tuning=Tuning(type="Full"), world_size=2)
+    with pytest.raises(DoesNotFit, match=r"distribution\.offload Auto would fit"):
+        size(SHAPE_8B, full.model_copy(update={"tuning": Tuning(type="Full")}), gpu(48))
+    plan = size(SHAPE_8B, full.model_copy(update={"offload": "Auto"}), gpu(48))
+    assert (plan.strategy, plan.offload) == ("ZeRO2", "Optimizer")
+    assert size(SHAPE_8B, request(offload="Auto"), gpu(80)).offload == "None"
+
+
+def test_one_rank_offloads_to_its_host() -> None:
+    alone = request(tuning=Tuning(type="Full"), world_size=1, offload="Optimizer")
+    assert size(SHAPE_8B, alone, gpu(80)).strategy == "ZeRO2"

@@ -8,11 +8,11 @@ from typing import Any
 from finetune_api.failures import FineTuneError, Reason
 from finetune_api.job import FineTuneJobSpec
 from finetune_api.manifest import MANIFEST_KEY, Manifest
+from finetune_api.modelfiles import Tensor, features, invalid, targeted
 from finetune_api.run import PinnedObject
 from finetune_api.sizing import ModelShape
 from finetune_api.tuning import LoRA, Tuning
 from finetune_trainer.data.basemodel import SMALL, BaseModel, header_of
-from finetune_trainer.data.modelshape import Tensor, features, invalid, targeted
 from finetune_trainer.publish import read_manifest
 from finetune_trainer.storage import Store, join
 

@@ -9,10 +9,7 @@ from tokenizers import Tokenizer
 
 from finetune_api.failures import FineTuneError, Reason
 from finetune_api.job import FineTuneJobSpec
-from finetune_api.run import PinnedObject
-from finetune_api.sizing import ModelShape
-from finetune_api.tuning import Tuning
-from finetune_trainer.data.modelshape import (
+from finetune_api.modelfiles import (
     Tensor,
     invalid,
     linear_modules,
@@ -22,6 +19,9 @@ from finetune_trainer.data.modelshape import (
     parse_header,
     targets,
 )
+from finetune_api.run import PinnedObject
+from finetune_api.sizing import ModelShape
+from finetune_api.tuning import Tuning
 from finetune_trainer.data.templates import DEFAULT_CHAT_TEMPLATE, BadTemplate, ChatTemplate
 from finetune_trainer.data.tokenise import Encoder
 from finetune_trainer.storage import Store

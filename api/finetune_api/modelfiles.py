@@ -1,4 +1,4 @@
-"""PURE: safetensors headers and config.json -> what memory depends on (finetune_api.sizing.ModelShape)."""
+"""A model's files -> its shape: safetensors headers and config.json -> what memory depends on."""
 
 import difflib
 import json
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 from finetune_api.failures import FineTuneError, Reason
-from finetune_api.sizing import ModelShape
+from finetune_api.shape import ModelShape
 from finetune_api.tuning import Tuning
 
 DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -22,6 +22,7 @@ FIELDS = {
     "heads": ("num_attention_heads", "n_head", "num_heads"),
     "key_value_heads": ("num_key_value_heads",),
 }
+_MLP = ("intermediate_size", "n_inner", "ffn_dim")
 _NOT_LINEAR = re.compile(r"(^|[._])(embed\w*|wte|wpe|lm_head|embed_out|output|\w*norm\w*|ln_\w+|rotary\w*)$")
 _LAYER = re.compile(r"^(.*?\.(?:layers|h|blocks)\.\d+)\.")
 
@@ -166,6 +167,7 @@ def model_shape(config: Mapping[str, Any], tensors: Mapping[str, Tensor], tuning
         architecture=architecture,
         parameters=sum(tensor.size for tensor in tensors.values()),
         hidden_size=hidden,
+        intermediate_size=next((int(config[name]) for name in _MLP if isinstance(config.get(name), int)), 0),
         layers=layers,
         vocab_size=vocab,
         linear_parameters=sum(tensor.size for tensor in linears.values()),
