@@ -9,6 +9,10 @@ from finetune_api.job import FineTuneJobSpec
 from finetune_api.model import Path
 from finetune_api.stage import Generate, Stage
 
+STAGE_URI = "stage://"
+COMPARING = ("DPO", "KTO", "PPO", "GRPO")
+"""Methods that compare with the model as it was before, which is the one that their adapter is put upon."""
+
 
 class EffectiveStage(NamedTuple):
     number: int
@@ -22,6 +26,11 @@ class EffectiveStage(NamedTuple):
     @property
     def generate(self) -> Generate | None:
         return self.own.generate if self.own else None
+
+    @property
+    def reads(self) -> list[str]:
+        """The stages whose rows it learns from: its data are prepared between the stages."""
+        return [d.uri.removeprefix(STAGE_URI) for d in self.spec.datasets if d.uri.startswith(STAGE_URI)]
 
     @property
     def has_head(self) -> bool:
@@ -46,13 +55,17 @@ def effective(spec: FineTuneJobSpec) -> list[EffectiveStage]:
     if not spec.stages:
         return [EffectiveStage(0, "", spec, None)]
     found = [EffectiveStage(index, stage.name, _spec(spec, stage), stage) for index, stage in enumerate(spec.stages)]
-    return [_without_adapter(stage) if origin(found, stage.number).stage is not None else stage for stage in found]
+    return [_in_its_place(found, stage) for stage in found]
 
 
-def _without_adapter(stage: EffectiveStage) -> EffectiveStage:
-    """The adapter that a job starts from is none of what a later stage starts from."""
-    base = stage.spec.base_model.model_copy(update={"adapter_uri": None})
-    return stage._replace(spec=stage.spec.model_copy(update={"base_model": base}))
+def _in_its_place(stages: Sequence[EffectiveStage], stage: EffectiveStage) -> EffectiveStage:
+    """The job's earlier adapter is of the stages that start from the base model, its output of the last stage."""
+    spec = stage.spec
+    if origin(stages, stage.number).stage is not None:
+        spec = spec.model_copy(update={"base_model": spec.base_model.model_copy(update={"adapter_uri": None})})
+    if stage.number < len(stages) - 1:
+        spec = spec.model_copy(update={"output": spec.output.model_copy(update={"merged": False})})
+    return stage._replace(spec=spec)
 
 
 def _spec(spec: FineTuneJobSpec, stage: Stage) -> FineTuneJobSpec:
@@ -79,7 +92,9 @@ def reward_stage(stages: Sequence[EffectiveStage], number: int) -> int | None:
     rollout = stages[number].spec.method.rollout
     if rollout is None or rollout.reward_model:
         return None
-    return next((s.number for s in reversed(stages[:number]) if s.spec.method.type == "Reward" and not s.generate), None)
+    return next(
+        (s.number for s in reversed(stages[:number]) if s.spec.method.type == "Reward" and not s.generate), None
+    )
 
 
 class Origin(NamedTuple):
@@ -101,6 +116,7 @@ def origin(stages: Sequence[EffectiveStage], number: int) -> Origin:
         return Origin(last.number, "Whole")
     # PiSSA's factors are written down as a LoRA of twice the rank: not what its tuning says.
     changed = last.spec.tuning.lora is not None and last.spec.tuning.lora.initialization == "PiSSA"
-    if last.spec.tuning == this.spec.tuning and not (this.has_head or changed):
+    compares = this.spec.method.type in COMPARING
+    if last.spec.tuning == this.spec.tuning and not (this.has_head or changed or compares):
         return Origin(last.number, "Carried")
     return Origin(last.number, "Merged")

@@ -16,13 +16,14 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from finetune_api.failures import EXIT_CODES, FineTuneError, Reason, TerminationMessage
+from finetune_api.job import FineTuneJobSpec
 from finetune_api.run import Outline, PreparedData, PreparedSummary, RunConfig, Shard, Split, StageSummary
-from finetune_api.sizing import ModelShape
-from finetune_api.stages import EffectiveStage, effective
+from finetune_api.stages import STAGE_URI, EffectiveStage, effective
 from finetune_trainer import log
 from finetune_trainer.data.adapter import inspect_adapter
 from finetune_trainer.data.basemodel import BaseModel, digest, for_tuning, inspect
 from finetune_trainer.data.pipeline import Pipeline
+from finetune_trainer.data.policy import AcrossStages
 from finetune_trainer.data.report import DatasetReport, worst
 from finetune_trainer.data.sources import Source, sources
 from finetune_trainer.probe import probe
@@ -30,6 +31,9 @@ from finetune_trainer.runconfig import stage_config
 from finetune_trainer.storage import Store, join
 from finetune_trainer.termination import run, write_termination
 from finetune_trainer.workdir import WorkDir
+
+ROWS = "rows.jsonl"
+"""What a stage that generates writes, beside its manifest."""
 
 
 def main() -> int:
@@ -63,16 +67,32 @@ def prepare(config: RunConfig) -> TerminationMessage:
         model = inspect(store, config.spec)
         log.event("base model inspected", architecture=model.shape.architecture, parameters=model.shape.parameters)
         stages = effective(config.spec)
-        done = {stage.name: prepare_stage(store, config, stage, model, folder) for stage in stages}
-        first = done[stages[0].name]
-        index, sha256, reports = first if not config.spec.stages else _of_all(store, config, model, done)
-    summary = _summary(data_uri, index, sha256, [done[stage.name].data for stage in stages])
+        done = _prepare_all(store, config, stages, model, folder)
+        index, sha256, reports = done[""] if not config.spec.stages else _of_all(store, config, model, done)
+    summary = _summary(data_uri, index, sha256, [stage.data for stage in done.values()])
     if config.spec.stages:
-        features = [for_tuning(model, stage.spec.tuning).shape for stage in stages]
-        summary = summary.model_copy(
-            update={"stages": [_stage_summary(done[s.name].data, f) for s, f in zip(stages, features, strict=True)]}
-        )
+        parts = [_stage_summary(stage, done.get(stage.name), model) for stage in stages]
+        summary = summary.model_copy(update={"stages": parts})
     return TerminationMessage(prepared=summary.model_copy(update={"message": worst(reports)}))
+
+
+def _prepare_all(
+    store: Store, config: RunConfig, stages: Sequence[EffectiveStage], model: BaseModel, folder: Path
+) -> dict[str, "Prepared"]:
+    """By stage; but for those that learn from what another one writes."""
+    now = [stage for stage in stages if not stage.reads]
+    # What is held out must be known before what is trained on is looked at.
+    order = sorted(now, key=lambda stage: not _holds_out_datasets(stage))
+    folder.mkdir(parents=True, exist_ok=True)
+    across = AcrossStages(config.spec.data_policy, folder) if config.spec.stages else None
+    done = {stage.name: prepare_stage(store, config, stage, model, folder, across) for stage in order}
+    if across:
+        across.close()
+    return {stage.name: done[stage.name] for stage in now}
+
+
+def _holds_out_datasets(stage: EffectiveStage) -> bool:
+    return any(holdout and holdout.datasets for holdout in (stage.spec.validation, stage.spec.test))
 
 
 class Prepared(NamedTuple):
@@ -82,27 +102,41 @@ class Prepared(NamedTuple):
     reports: list[DatasetReport]
 
 
-def prepare_stage(store: Store, config: RunConfig, stage: EffectiveStage, model: BaseModel, folder: Path) -> Prepared:
+def prepare_stage(
+    store: Store,
+    config: RunConfig,
+    stage: EffectiveStage,
+    model: BaseModel,
+    folder: Path,
+    across: AcrossStages | None = None,
+) -> Prepared:
     """One stage's data, or the job's where it has no stages: shards, data-report.json and, last, index.json.
 
-    `model`: as `inspect` found it; `folder`: for files while they are written. Raises FineTuneError with the field,
-    file and line of what is wrong.
+    `config`: the job's; `model`: as `inspect` found it; `folder`: for files while they are written; `across`: of the
+    job's stages. Raises FineTuneError with the field, file and line of what is wrong.
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        return _prepare_stage(store, stage_config(config, stage), stage, model, folder)
+        return _prepare_stage(store, stage_config(config, stage), stage, model, folder, across)
     except FineTuneError as error:
         raise FineTuneError(error.reason, stage.named(str(error))) from error
 
 
-def _prepare_stage(store: Store, config: RunConfig, stage: EffectiveStage, model: BaseModel, folder: Path) -> Prepared:
+def _prepare_stage(
+    store: Store,
+    config: RunConfig,
+    stage: EffectiveStage,
+    model: BaseModel,
+    folder: Path,
+    across: AcrossStages | None,
+) -> Prepared:
     data_uri = join(config.scratch_uri, join("data", stage.name)) if stage.name else join(config.scratch_uri, "data")
     model = for_tuning(model, config.spec.tuning)
     if config.spec.training.max_length > model.shape.max_positions:
         log.event("maxLength exceeds the model's positions", level="warning", positions=model.shape.max_positions)
     adapter = inspect_adapter(store, config.spec, model)
-    found = sources(store, config.spec)
-    pipeline = Pipeline(store, config.spec, model, folder, lambda path, key: store.upload(path, join(data_uri, key)))
+    found = sources(store, spec := with_rows(config.spec, config.scratch_uri))
+    pipeline = Pipeline(store, spec, model, folder, lambda path, key: store.upload(path, join(data_uri, key)), across)
     for source in found:
         pipeline.run(source)
     pipeline.close()
@@ -121,6 +155,17 @@ def _outline(store: Store, config: RunConfig, data_uri: str, path: Path) -> Outl
     size, sha256 = store.upload(path, join(data_uri, key))
     log.event("training data will be streamed", cacheBytes=config.data_cache_bytes)
     return Outline(key=key, size=size, sha256=sha256, cache_bytes=config.data_cache_bytes)
+
+
+def with_rows(spec: FineTuneJobSpec, scratch_uri: str) -> FineTuneJobSpec:
+    """With the place of what an earlier stage wrote in place of its name."""
+    datasets = [
+        dataset.model_copy(update={"uri": join(scratch_uri, f"stages/{name}/{ROWS}")})
+        if (name := dataset.uri.removeprefix(STAGE_URI)) != dataset.uri
+        else dataset
+        for dataset in spec.datasets
+    ]
+    return spec.model_copy(update={"datasets": datasets})
 
 
 def _write_index(store: Store, data_uri: str, index: PreparedData) -> str:
@@ -148,7 +193,7 @@ def _of_all(store: Store, config: RunConfig, model: BaseModel, done: Mapping[str
         model=model.shape,
         shards=[],
         dropped=_added([stage.data.dropped for stage in done.values()]),
-        max_tokens=max(stage.data.max_tokens for stage in done.values()),
+        max_tokens=max((stage.data.max_tokens for stage in done.values()), default=0),
         stages={name: stage.sha256 for name, stage in done.items()},
     )
     store.put_bytes(join(data_uri, "data-report.json"), _report(config, model, reports))
@@ -243,10 +288,11 @@ def _summary(data_uri: str, index: PreparedData, sha256: str, parts: Sequence[Pr
     )
 
 
-def _stage_summary(index: PreparedData, shape: ModelShape) -> StageSummary:
+def _stage_summary(stage: EffectiveStage, prepared: Prepared | None, model: BaseModel) -> StageSummary:
+    shape = for_tuning(model, stage.spec.tuning).shape
     return StageSummary(
-        train_tokens=_train_tokens(index.shards),
-        max_tokens=index.max_tokens,
+        train_tokens=_train_tokens(prepared.data.shards) if prepared else 0,
+        max_tokens=prepared.data.max_tokens if prepared else 0,
         target_features=shape.target_features,
         target_outputs=shape.target_outputs,
     )

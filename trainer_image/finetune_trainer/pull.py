@@ -73,6 +73,18 @@ def _part(store: Store, uri: str, sha256: str) -> Part:
     return Part(uri, data, PreparedData.model_validate_json(data))
 
 
+def _write_index(part: Part, work: WorkDir) -> None:
+    work.data.mkdir(parents=True, exist_ok=True)
+    work.index.write_bytes(part.data)
+
+
+def fetch_part(store: Store, uri: str, sha256: str, work: WorkDir) -> None:
+    """An index and its shards, for the stage whose folders `work` names."""
+    part = _part(store, uri, sha256)
+    store.download_many(shard_files(store, uri, part.prepared, work))
+    _write_index(part, work)
+
+
 def pull(config: RunConfig, work: WorkDir) -> None:
     """Raises ModelInvalid or DataInvalid where something is no longer what was prepared."""
     prepared = config.prepared
@@ -114,9 +126,7 @@ def pull(config: RunConfig, work: WorkDir) -> None:
         store.download_many(shards, progress.add)
         progress.close()
         for name, part in parts.items():
-            place = work.of_stage(name)
-            place.data.mkdir(parents=True, exist_ok=True)
-            place.index.write_bytes(part.data)
+            _write_index(part, work.of_stage(name))
         work.finished.write_text(str(_finished(store, config, work)))
 
 

@@ -12,7 +12,6 @@ import os
 import sys
 import traceback
 import warnings
-from typing import Any
 
 import torch
 import transformers
@@ -24,11 +23,13 @@ from finetune_api.run import RunConfig
 from finetune_api.sizing import Sizing
 from finetune_trainer import arguments, distributed, log, model, state, tuning
 from finetune_trainer.batches import Plan
+from finetune_trainer.between import prepare_between
 from finetune_trainer.callbacks import Signals
 from finetune_trainer.checkpoint import Checkpoints
 from finetune_trainer.control import best_step
-from finetune_trainer.distributed import Ranks
-from finetune_trainer.feed import Data, load_data, micro_batches
+from finetune_trainer.evaluation.evaluator import Evaluator
+from finetune_trainer.evaluation.gates import check
+from finetune_trainer.feed import load_data, micro_batches
 from finetune_trainer.forgetting import retained
 from finetune_trainer.journal import Journal
 from finetune_trainer.methods import make_trainer, task_of
@@ -51,6 +52,7 @@ def train(run: StageRun, signals: Signals, reporter: Reporter, end: "End") -> No
     ranks = distributed.start(config.devices, zero=sizing.strategy != "DDP")
     store = Store(config.storage)
     start = run.make_ready(store, ranks)
+    prepare_between(run, store, ranks)
     data = load_data(config, work, ranks)
 
     # The arguments come before the model: under ZeRO-3 it is partitioned while it loads.
@@ -84,6 +86,7 @@ def train(run: StageRun, signals: Signals, reporter: Reporter, end: "End") -> No
     batches = micro_batches(data, config, ranks, sizing.micro_batch_size, flat=attention == "flash_attention_2")
     rewards = load_rewards(run, store, ranks) if spec.method.rollout else None
     trainer = make_trainer(spec.method, tuned, args, batches, rewards)
+    evaluator = Evaluator(config, run.stage.name, start.model, data, ranks, store)
     course = Course(
         trainer,
         config,
@@ -94,12 +97,12 @@ def train(run: StageRun, signals: Signals, reporter: Reporter, end: "End") -> No
         checkpoints,
         journal,
         resumed,
-        measure_before=lambda: figures(trainer, data, ranks, sizing, "Before"),
+        measure_before=lambda: evaluator.before(trainer),
     )
     course.run()
 
     reporter.phase("Evaluating")
-    metrics = journal.before | journal.after() | figures(trainer, data, ranks, sizing, "")
+    metrics = journal.before | journal.after() | evaluator.after(trainer)
     metrics |= retained(run, trainer, data, ranks)
     reporter.progress(journal.step, data.plan.total_steps, metrics, 0)
     reporter.phase("Saving")
@@ -111,6 +114,8 @@ def train(run: StageRun, signals: Signals, reporter: Reporter, end: "End") -> No
         checkpoints.wait()
         if run.is_last:
             end.result = publish_output(run, store, data, journal, metrics, reporter, kind)
+            names = [stage.name for stage in run.stages if stage.name]
+            check(run.job.spec.evaluation, end.result.metrics, names)
         else:
             publish_stage(run, store, journal, metrics)
             checkpoints.remove()
@@ -139,18 +144,6 @@ def make_arguments(config: RunConfig, work: WorkDir, plan: Plan, dtype: torch.dt
     )
 
 
-def figures(trainer: Any, data: Data, ranks: Ranks, sizing: Sizing, suffix: str) -> dict[str, float]:
-    """What the method measures on the validation data, exact over all ranks; nothing where there is none."""
-    held = data.held.get("validation")
-    if held is None:
-        return {}
-    found: dict[str, float] = trainer.measure(held.data, ranks, sizing.micro_batch_size, held.groups)
-    if ranks.is_main:
-        shown: dict[str, Any] = {name: round(value, 4) for name, value in found.items()}
-        log.event("evaluated", when=suffix.lower() or "after", examples=data.held_out, **shown)
-    return {f"{name}{suffix}": value for name, value in found.items()}
-
-
 class End:
     """What is known when the program ends, however it ends."""
 
@@ -158,7 +151,10 @@ class End:
     result: TrainingResult | None = None
 
     def message(self, rank: int, error: BaseException | None) -> TerminationMessage:
-        said = failure_of(explained(error)) if error else TerminationMessage(result=self.result)
+        # Where a gate is not met there is a result, too.
+        said = (failure_of(explained(error)) if error else TerminationMessage()).model_copy(
+            update={"result": self.result}
+        )
         known = (
             {"step": self.journal.step, "resumed_from_step": self.journal.first_step or None} if self.journal else {}
         )

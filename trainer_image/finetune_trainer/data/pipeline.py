@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +18,9 @@ from finetune_trainer.data.classes import Classes
 from finetune_trainer.data.formats import Ambiguous, BadRow, detect
 from finetune_trainer.data.guard import Guard, Guarded, plain, unmarked
 from finetune_trainer.data.near import sketch
-from finetune_trainer.data.policy import Candidate, Repeats, refuse
+from finetune_trainer.data.policy import AcrossStages, Candidate, Repeats, refuse
 from finetune_trainer.data.readers import Row, place
-from finetune_trainer.data.records import Record, compared_by, digest_of, to_records
+from finetune_trainer.data.records import Record, compared_by, digest_of, learned_of, to_records
 from finetune_trainer.data.report import SAMPLE, DatasetReport
 from finetune_trainer.data.shards import Encoded, OutlineWriter, ShardWriter, Upload
 from finetune_trainer.data.sources import Source, rows
@@ -57,7 +58,17 @@ class Reading(NamedTuple):
 class Pipeline:
     """Prepares one data set after the other. Held-out sets come first: what they hold is looked for in the others."""
 
-    def __init__(self, store: Store, spec: FineTuneJobSpec, model: BaseModel, folder: Path, upload: Upload) -> None:
+    def __init__(
+        self,
+        store: Store,
+        spec: FineTuneJobSpec,
+        model: BaseModel,
+        folder: Path,
+        upload: Upload,
+        stages: AcrossStages | None = None,
+    ) -> None:
+        """`stages`: what the job's other stages are known to train on and to hold out."""
+        self._stages = stages
         self._store, self._spec, self._model = store, spec, model
         self._folder, self._upload = folder, upload
         self._policy, self._seed = spec.data_policy, spec.training.seed
@@ -85,10 +96,9 @@ class Pipeline:
         report = DatasetReport(source.dataset.name, files=[f.uri for f in source.files], ignored=source.ignored)
         self.reports.append(report)
         writers: dict[Split, ShardWriter] = {}
-        for batch in _batches(self._placed(source, report)):
-            encoded = iter(self._model.encoder.encode([text for item in batch for text in item.texts]))
-            for item in batch:
-                fitted = self._fit(source, report, item, list(itertools.islice(encoded, len(item.texts))))
+        for batch, tokens in self._encoded(_batches(self._placed(source, report))):
+            for item, found in zip(batch, tokens, strict=True):
+                fitted = self._fit(source, report, item, found)
                 if fitted is None:
                     continue
                 if fitted.label is not None:
@@ -111,6 +121,23 @@ class Pipeline:
         self._repeats.close()
         self.outline.close()
         self._progress.close()
+
+    def _encoded(self, batches: Iterator[list[Placed]]) -> Iterator[tuple[list[Placed], list[list[Tokens]]]]:
+        """Each batch with the tokens of its texts. While one is encoded, the rows of the next are read and laid out."""
+
+        def encode(batch: list[Placed]) -> list[list[Tokens]]:
+            encoded = iter(self._model.encoder.encode([text for item in batch for text in item.texts]))
+            return [list(itertools.islice(encoded, len(item.texts))) for item in batch]
+
+        with ThreadPoolExecutor(1, "encode") as pool:
+            waiting: tuple[list[Placed], Future[list[list[Tokens]]]] | None = None
+            for batch in batches:
+                encoding = pool.submit(encode, batch)
+                if waiting:
+                    yield waiting[0], waiting[1].result()
+                waiting = (batch, encoding)
+            if waiting:
+                yield waiting[0], waiting[1].result()
 
     def _writer(self, split: Split, source: Source) -> ShardWriter:
         outline = self.outline if split == "train" else None
@@ -153,8 +180,11 @@ class Pipeline:
         guarded = self._guarded(row, form)
         records = self._records(reading, guarded.row)
         digest = digest_of(records)
-        split = source.split or self._split(digest)
-        if not self._repeats.passes(report, self._candidate(reading, where, split, digest, guarded.row, records)):
+        split = source.split or self._split(learned_of(records))
+        candidate = self._candidate(reading, where, split, digest, guarded.row, records)
+        if not self._repeats.passes(report, candidate):
+            return []
+        if self._stages and not self._stages.passes(report, candidate):
             return []
         if split == "train" and (changed := passages.altered(guarded.row, form, digest)):
             records = self._records(reading, changed)
@@ -189,15 +219,16 @@ class Pipeline:
         records: list[Record],
     ) -> Candidate:
         """The row as the policy sees it: its passages, which many rows may share, have no part in what is compared."""
+        learned = learned_of(records)
         if self._policy.similarity >= 1:
-            return Candidate(reading.source, where, split, digest, None)
+            return Candidate(reading.source, where, split, digest, None, learned)
         passages, template = reading.passages.column, reading.template
         if passages and not template:
             bare = {name: value for name, value in row.items() if name != passages}
             columns = reading.source.dataset.columns
             records = to_records(bare, reading.form, self.kind, columns, None, self._model.has_chat_template)
         rendered = template.columns - {passages} if template else None
-        return Candidate(reading.source, where, split, digest, sketch(*compared_by(records, row, rendered)))
+        return Candidate(reading.source, where, split, digest, sketch(*compared_by(records, row, rendered)), learned)
 
     def _shots(self, reading: Reading) -> Shots:
         """Examples of the training split for few-shot prompts; none of what is held out, nor like it."""
@@ -212,7 +243,8 @@ class Pipeline:
             except BadRow:
                 # It is told of when its turn comes.
                 continue
-            known = self._candidate(reading, where, self._split(digest), digest, guarded.row, records)
+            split = self._split(learned_of(records))
+            known = self._candidate(reading, where, split, digest, guarded.row, records)
             if known.split == "train" and not self._repeats.is_held_out(known):
                 shots.offer(digest, records[0].example)
         return shots

@@ -25,6 +25,8 @@ class Candidate(NamedTuple):
     split: Split
     digest: bytes
     sketch: Sketch | None
+    learned: bytes = b""
+    """`records.learned_of`."""
 
 
 class _Near:
@@ -119,17 +121,51 @@ class Repeats:
         return self._duplicate(report, row, "nearDuplicate", said)
 
     def _leak(self, report: DatasetReport, row: Candidate, said: str) -> bool:
-        if self._policy.leakage == "Fail":
-            raise FineTuneError(
-                Reason.DATA_LEAKAGE,
-                f"{row.source.field}: {said} (dataPolicy.leakage is Fail; Drop leaves such rows out)",
-            )
-        return _keep_or_drop(report, row, "leakage", said, self._policy.leakage == "Drop")
+        return _leak(self._policy, report, row, said)
 
     def _duplicate(self, report: DatasetReport, row: Candidate, cause: str, said: str) -> bool:
         if self._policy.duplicates == "Fail":
             raise FineTuneError(Reason.DATA_INVALID, f"{row.source.field}: {said} (dataPolicy.duplicates is Fail)")
         return _keep_or_drop(report, row, cause, said, self._policy.duplicates == "Drop")
+
+
+class AcrossStages:
+    """What one stage holds out no other trains on; the same rows may well be trained on by several."""
+
+    def __init__(self, policy: DataPolicy, folder: Path) -> None:
+        """`folder`: takes what is remembered of each row."""
+        self._policy = policy
+        self._trained, self._held_out = Digests(folder / "trained"), Digests(folder / "held-out-of-stages")
+        self._near = _Near(policy.similarity)
+
+    def close(self) -> None:
+        self._trained.close()
+        self._held_out.close()
+
+    def passes(self, report: DatasetReport, row: Candidate) -> bool:
+        """Whether the row stays; `Repeats` has let it pass. Raises DataLeakage where the policy is Fail."""
+        trains = row.split == "train"
+        if (self._held_out if trains else self._trained).find(row.learned) is not None:
+            other = "is held out by another stage" if trains else "is trained on by another stage"
+            if not _leak(self._policy, report, row, f"{row.where} {other}"):
+                return False
+        near = self._near.find(row)
+        if near and (near[1] == "train") != trains:
+            said = f"{row.where} is nearly the same as {_told(near)} of another stage, and one of them is held out"
+            if self._policy.duplicates != "Drop":
+                return _leak(self._policy, report, row, said)
+            return _keep_or_drop(report, row, "nearDuplicate", said, drop=True)
+        self._near.add(row)
+        (self._trained if trains else self._held_out).add(row.learned)
+        return True
+
+
+def _leak(policy: DataPolicy, report: DatasetReport, row: Candidate, said: str) -> bool:
+    if policy.leakage == "Fail":
+        raise FineTuneError(
+            Reason.DATA_LEAKAGE, f"{row.source.field}: {said} (dataPolicy.leakage is Fail; Drop leaves such rows out)"
+        )
+    return _keep_or_drop(report, row, "leakage", said, policy.leakage == "Drop")
 
 
 def _told(near: tuple[str, Split, float]) -> str:

@@ -77,6 +77,14 @@ def digest_of(records: Sequence[Record]) -> bytes:
     return hashlib.blake2b(b"".join(map(content_hash, examples)), digest_size=16).digest()
 
 
+def learned_of(records: Sequence[Record]) -> bytes:
+    """16 bytes by what a row teaches to answer, of a pair the chosen answer: it decides the split.
+
+    So that what is held out where answers are taught is held out where they are preferred, too.
+    """
+    return content_hash(records[0].example)
+
+
 def compared_by(records: Sequence[Record], row: Row, rendered: Collection[str] | None) -> tuple[str, str]:
     """What a row is asked and what it answers, without what many rows have in common: system prompts, templates.
 
