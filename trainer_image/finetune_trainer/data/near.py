@@ -20,6 +20,7 @@ _LONGEST = 4096
 _HASHES, _BANDS = 128, 16
 _ROWS = 4
 """Bytes of a signature that make a band. At a similarity of 0.7 one of the bands agrees in 99 cases of 100."""
+_REMEMBERED = 2**17
 # A script without spaces has a word in every character.
 _ALONE = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3"
 _WORDS = re.compile(rf"[{_ALONE}]|[^\W{_ALONE}]+")
@@ -28,6 +29,19 @@ _FACTORS = _random.integers(0, 2**63, (_HASHES, 1), dtype=np.uint64) * 2 + 1
 _OFFSETS = _random.integers(0, 2**63, (_HASHES, 1), dtype=np.uint64)
 _MIX = _random.integers(0, 2**63, _RUN, dtype=np.uint64) * 2 + 1
 _SLOTS = _random.integers(0, 2**31, _BANDS, dtype=np.uint64) * 2 + 1
+
+
+class _Hash(dict[str, int]):
+    """CRC-32 of words: most of a text are words that were there before."""
+
+    def __missing__(self, word: str) -> int:
+        if len(self) == _REMEMBERED:
+            self.clear()
+        value = self[word] = zlib.crc32(word.encode(errors="replace"))
+        return value
+
+
+_HASH = _Hash()
 
 
 class Sketch(NamedTuple):
@@ -50,7 +64,7 @@ def sketch(text: str, answer: str = "") -> Sketch | None:
     words, said = _WORDS.findall(text.lower()), _WORDS.findall(answer.lower())
     if len(words) + len(said) < SHORT:
         return None
-    hashes = np.fromiter((zlib.crc32(word.encode(errors="replace")) for word in (words + said)[:_LONGEST]), np.uint64)
+    hashes = np.fromiter(map(_HASH.__getitem__, (words + said)[:_LONGEST]), np.uint64)
     count = len(hashes) - _RUN + 1
     runs = np.zeros(count, dtype=np.uint64)
     for place, factor in enumerate(_MIX):
