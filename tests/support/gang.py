@@ -43,8 +43,9 @@ Example = tuple[list[int], list[int]]
 
 
 def make_tiny_model(directory: Path) -> Path:
-    """A Llama of 2 layers and 32 dimensions with random weights, and files that look like a tokenizer's."""
+    """A Llama of 2 layers and 32 dimensions with random weights; each token is a word of its own: `t7 t8`."""
     import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -63,7 +64,11 @@ def make_tiny_model(directory: Path) -> Path:
         eos_token_id=2,
     )
     LlamaForCausalLM(config).save_pretrained(directory)
-    (directory / "tokenizer.json").write_text("{}")
+    words = ["<pad>", "<s>", "</s>", *(f"t{i}" for i in range(3, VOCABULARY))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(words[:3])
+    tokenizer.save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 256}))
     return directory
 

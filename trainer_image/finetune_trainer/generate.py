@@ -1,4 +1,4 @@
-"""Answers to prompts: in batches padded on the left, the work shared by all ranks, the same answers on any number."""
+"""Answers to prompts, the likeliest token each time: the work shared by all ranks, the same answers on any number."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -21,6 +21,8 @@ class Answering(NamedTuple):
     """How answers are written."""
 
     max_new_tokens: int
+    positions: int
+    """Of the model: a prompt and its answer are never longer."""
     stop: tuple[int, ...]
     """Tokens that end an answer; they are no part of it."""
     padding: int
@@ -28,14 +30,12 @@ class Answering(NamedTuple):
     """Tokens, prompts and answers together, of one batch."""
     lockstep: bool
     """A forward pass is a collective (ZeRO-3): every rank makes as many as the others."""
-    temperature: float = 0.0
-    """0: the likeliest token each time."""
 
 
 def answers_to(model: Any, prompts: Sequence[Tokens], how: Answering, ranks: Ranks) -> list[list[int]]:
     """The answer to each prompt, on every rank. Collective. `model`: not wrapped by DDP.
 
-    The batches do not depend on the number of ranks, so neither do the answers where the temperature is 0.
+    The batches do not depend on the number of ranks, so neither do the answers.
     """
     batches = batches_of([len(prompt) for prompt in prompts], how)
     rounds = -(-len(batches) // ranks.world_size)
@@ -48,7 +48,7 @@ def answers_to(model: Any, prompts: Sequence[Tokens], how: Answering, ranks: Ran
             answers = complete(model, [prompts[i] for i in ids], how, ranks.device)
             if turn < len(mine):
                 found |= dict(zip(ids.tolist(), answers, strict=True))
-    return _shared(found, len(prompts), ranks)
+    return shared(found, len(prompts), ranks)
 
 
 def batches_of(lengths: Sequence[int], how: Answering) -> list[Ints]:
@@ -71,14 +71,12 @@ def complete(model: Any, prompts: Sequence[Tokens], how: Answering, device: torc
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = prompt
         mask[row, width - len(prompt) :] = 1
-    sampling = {"temperature": how.temperature, "top_k": 0} if how.temperature else {}
     config = GenerationConfig(
-        max_new_tokens=how.max_new_tokens,
-        do_sample=bool(how.temperature),
+        max_new_tokens=min(how.max_new_tokens, how.positions - width),
+        do_sample=False,
         eos_token_id=list(how.stop) or None,
         pad_token_id=how.padding,
         use_cache=True,
-        **sampling,
     )
     was_training = model.training
     model.eval()
@@ -113,7 +111,7 @@ def _without_defaults(model: Any) -> Iterator[None]:
             part.generation_config = config
 
 
-def _shared(found: dict[int, list[int]], count: int, ranks: Ranks) -> list[list[int]]:
+def shared(found: dict[int, list[int]], count: int, ranks: Ranks) -> list[list[int]]:
     """Every rank's answers on all of them: each was written by one, the others add nothing to it."""
     lengths = np.zeros(count, dtype=np.int64)
     for place, answer in found.items():
