@@ -80,6 +80,8 @@ class FineTuneProfileSpec(ApiModel):
     accelerator: Accelerator | None = None
     resources: Resources = Resources()
     prepare: PrepareResources = PrepareResources()
+    data_cache: Quantity = "100Gi"
+    """Disk of a pod that tokenised training data may take (8 bytes a token); of more, shards are streamed."""
     termination_grace_period_seconds: Annotated[int, Field(ge=1, le=3600)] = 120
     limits: Limits = Limits()
     allowed_namespaces: Annotated[list[Label], Field(max_length=1024)] = []

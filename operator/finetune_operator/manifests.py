@@ -224,6 +224,7 @@ class _Builder:
             spec_sha256=spec_sha256(spec),
             devices=devices(spec, self.profile.spec),
             storage=self.profile.spec.storage,
+            data_cache_bytes=max(1, int(quantity(self.profile.spec.data_cache))),
             scratch_uri=f"{(spec.checkpoint.uri or spec.output.uri).rstrip('/')}/.scratch/{meta.uid}/",
             output_uri=f"{spec.output.uri.rstrip('/')}/{meta.name}/",
             prepared=prepared,

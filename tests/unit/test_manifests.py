@@ -21,6 +21,7 @@ FULL_PROFILE: dict[str, Any] = {
     "runtimeClassName": "nvidia",
     "accelerator": {"memory": "80Gi"},
     "resources": {"cpu": "1500m", "memory": "64Gi", "shm": "8Gi", "ephemeralStorage": "100Gi"},
+    "dataCache": "1.5Ti",
     "serviceAccounts": ["tuner"],
     "storage": {"endpoint": "https://s3.example", "region": "eu-central-1"},
     "environment": [{"name": "NCCL_DEBUG", "value": "INFO"}, {"name": "FINETUNE_RUN_CONFIG", "value": "/etc/passwd"}],
@@ -172,6 +173,7 @@ def test_the_run_config_says_it_all() -> None:
     assert run.scratch_uri == "s3://adapters/team-a/.scratch/job-uid/"
     assert run.output_uri == "s3://adapters/team-a/support-bot/"
     assert run.prepared == PREPARED
+    assert run.data_cache_bytes == 3 * 2**39
     assert run.sizing
     assert config["data"]["ca.crt"] == CONTEXT.ca
     first = RunConfig.model_validate_json(build(make_job())[0][0]["data"]["run.json"])
