@@ -2,14 +2,11 @@
 
 from collections.abc import Iterator
 
-from finetune_api import combinations, dataset_rules, formats, stage_rules
+from finetune_api import combinations, dataset_rules, rollout_rules, stage_rules
 from finetune_api.job import FineTuneJobSpec
 from finetune_api.model import Path, Problem
 from finetune_api.profile import FineTuneProfileSpec
 from finetune_api.stages import STAGE_URI, EffectiveStage, effective
-
-METHODS = ("SFT", "DPO", "KTO", "ORPO", "Reward")
-FORMATS = ("Auto", *formats.SEQUENCES, "Preference", "Labelled")
 
 
 def unsupported(spec: FineTuneJobSpec) -> list[Problem]:
@@ -34,6 +31,7 @@ def _unsupported(spec: FineTuneJobSpec) -> Iterator[Problem]:
     if spec.test:
         yield refuse("test", found="a test split", allowed="validation only")
     yield from stage_rules.problems(effective(spec))
+    yield from rollout_rules.problems(effective(spec))
     if extra := [m for m in spec.evaluation.metrics if m not in ("Loss", "Perplexity")]:
         yield refuse("evaluation", "metrics", found=extra, allowed="Loss and Perplexity")
     if spec.evaluation.retention:
@@ -48,13 +46,9 @@ def _unsupported_stage(stage: EffectiveStage) -> Iterator[Problem]:
     spec = stage.spec
     if stage.generate:
         yield _refuse(("spec", "stages", stage.number, "generate"), "a stage that generates", "stages that train")
-    if spec.method.type not in METHODS:
-        yield _refuse((*stage.path("method"), "type"), spec.method.type, ", ".join(METHODS))
     held_out = spec.validation.datasets if spec.validation and spec.validation.datasets else []
     for path, datasets in ((stage.path("datasets"), spec.datasets), (("spec", "validation", "datasets"), held_out)):
         for index, dataset in enumerate(datasets):
-            if dataset.format not in FORMATS and dataset.format in formats.ACCEPTED[spec.method.type]:
-                yield _refuse((*path, index, "format"), dataset.format, ", ".join(FORMATS))
             # What an earlier stage writes may be trained on, not held out.
             if dataset.uri.startswith(STAGE_URI) and datasets is held_out:
                 yield _refuse((*path, index, "uri"), dataset.uri, "s3:// only")
