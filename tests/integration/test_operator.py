@@ -81,10 +81,10 @@ async def test_prepare_is_tried_again_for_a_store_that_is_away_and_not_for_bad_d
     assert await live.jobs() == ["j-prepare"]
 
 
-async def test_what_is_not_built_yet_fails_with_its_field_and_no_pod(live: Scene) -> None:
+async def test_what_does_not_go_together_fails_with_its_field_and_no_pod(live: Scene) -> None:
     await live.submit(method={"type": "PPO"})
     status = await live.reaches("Failed")
-    assert status["message"] == "spec.method.type: found 'PPO'; this version supports SFT, DPO, KTO, ORPO, Reward"
+    assert status["message"].startswith("spec.method.ppo.rewardModel: found none; PPO learns from the scores of a")
     assert await live.jobs() == []
     assert len(live.proxy.writes) == 1
 

@@ -55,7 +55,10 @@ def test_a_good_job_has_no_findings() -> None:
         ('distribution: {workers: "2"}', "spec.distribution.workers: found '2'; input should be a valid integer"),
         ("distribution: {workers: 2.5}", "spec.distribution.workers: found 2.5; "),
         ("method: {type: SFT, dpo: {beta: 1}}", "spec.method: dpo is allowed only where type is DPO"),
-        ("method: {type: PPO}", "spec.method.type: found 'PPO'; this version supports SFT, DPO, KTO, ORPO, Reward"),
+        (
+            "method: {type: PPO}",
+            "spec.method.ppo.rewardModel: found none; PPO learns from the scores of a reward model",
+        ),
         ("runPolicy: {suspend: 1}", "spec.runPolicy.suspend: found 1; input should be a valid boolean"),
         (
             "checkpoint: {uri: gs://x/}",

@@ -60,8 +60,6 @@ def test_names_that_would_not_fit_their_children_are_refused(name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "path"),
     [
-        ({"method": {"type": "PPO"}}, "spec.method.type"),
-        ({"stages": [{"name": "a"}]}, "spec.stages"),
         ({"baseModel": {"uri": "hf://org/name"}}, "spec.baseModel.uri"),
         ({"tracking": {"tensorboard": True}}, "spec.tracking"),
     ],

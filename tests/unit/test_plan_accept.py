@@ -21,7 +21,7 @@ def refusal(job: JobBuilder) -> Refusal:
         (make_job().with_spec(distribution={"workers": -1}), "spec.distribution.workers: found -1"),
         (make_job().with_spec(colour="red"), "spec.colour: this field does not exist"),
         (make_job().with_spec(output={"uri": "gs://x"}), "spec.output.uri"),
-        (make_job().with_spec(method={"type": "PPO"}), "spec.method.type: found 'PPO'; this version supports SFT"),
+        (make_job().with_spec(method={"type": "PPO"}), "spec.method.ppo.rewardModel: found none; PPO learns from"),
         (make_job("j" * 51), "metadata.name"),
         (make_job().with_spec(queue={"name": "q" * 64}), "string should have at most 63 characters"),
     ],
