@@ -3,6 +3,7 @@
 evalLoss  evalLossBefore  evalLoss.tickets  evalLossBefore.tickets.de  testLoss  retentionLoss  sft/evalLoss@dpo
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
@@ -34,6 +35,8 @@ _ORDER = (
     *TRAINING,
 )
 """Which figures travel first where not all can."""
+_OF_A_STAGE = re.compile(r"([a-z0-9-]+)/(.+)", re.DOTALL)
+_AFTER_A_STAGE = re.compile(r"([^.@]+)@([a-z0-9-]+)$")
 _SPLITS: tuple[HeldOut, ...] = ("validation", "test", "retention")
 
 
@@ -60,8 +63,12 @@ def name_of(base: str, split: HeldOut = "validation", before: bool = False) -> s
 
 def parse(name: str) -> Figure:
     """The inverse of `name_of`, for any text."""
-    stage, slash, rest = name.partition("/")
-    rest, _, after = (rest if slash else name).partition("@")
+    # The name of a slice comes from the data: it may hold anything, a slash or an @ too.
+    stage, after, rest = "", "", name
+    if found := _OF_A_STAGE.match(name):
+        stage, rest = found[1], found[2]
+        if found := _AFTER_A_STAGE.match(rest):
+            rest, after = found[1], found[2]
     figure, _, where = rest.partition(".")
     dataset, _, slice_ = where.partition(".")
     before = figure.endswith("Before") and figure != "Before"
@@ -72,7 +79,7 @@ def parse(name: str) -> Figure:
         if tail != figure and tail[:1].isupper():
             split = prefix
             figure = "evalLoss" if tail == "Loss" else tail[:1].lower() + tail[1:]
-    return Figure(figure, split, before, dataset, slice_, stage if slash else "", after)
+    return Figure(figure, split, before, dataset, slice_, stage, after)
 
 
 def ranked(names: Iterable[str]) -> list[str]:

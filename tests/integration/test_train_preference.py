@@ -91,7 +91,7 @@ def test_a_method_learns_what_is_preferred_and_two_workers_learn_the_same(
     assert margin(published, model, gang, method) == pytest.approx(one["rewardMargin"], abs=1e-3)
     card = (published / "README.md").read_text()
     assert f"| Method | {method}" in card
-    assert "| Reward margin |" in card
+    assert "| Validation reward margin |" in card
     assert gang.events("step")[-1]["reward_margin"] == pytest.approx(steps[-1]["reward_margin"], abs=1e-4)
 
 

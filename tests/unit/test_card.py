@@ -6,79 +6,22 @@ from typing import Any
 import pytest
 import yaml
 
-from finetune_api.manifest import RunInfo
-from finetune_api.run import PreparedData, RunConfig
 from finetune_trainer.card import metrics_lines, model_card, sparkline
-from support.runs import JOB_UID, make_run_config
+from finetune_trainer.facts import groups
+from support.telling import make_facts
 
-METRICS = {"evalLossBefore": 2.5, "evalLoss": 1.25, "perplexityBefore": 12.1825, "perplexity": 3.4903}
+STAGES = [
+    {"name": "sft", "datasets": [{"name": "pairs", "uri": "s3://bucket/data/pairs.jsonl"}]},
+    {
+        "name": "dpo",
+        "method": {"type": "DPO"},
+        "datasets": [{"name": "ranked", "uri": "s3://bucket/data/ranked.jsonl"}],
+    },
+]
 
 
-def make_card(
-    metrics: dict[str, float] | None = None, history: list[dict[str, float]] | None = None, **spec: Any
-) -> str:
-    config = make_run_config(workers=2, **spec).to_json() | {
-        "sizing": {"strategy": "ZeRO2", "microBatchSize": 2, "gradientAccumulation": 4, "memoryPerGPU": 1}
-    }
-    shards = [
-        ("train", 90, 1000),
-        ("train", 10, 200),
-        ("validation", 5, 60),
-    ]
-    index = {
-        "jobUid": JOB_UID,
-        "specSha256": "0" * 64,
-        "inputs": [],
-        "datasetsSha256": {"pairs": "d" * 64},
-        "baseModel": [],
-        "baseModelSha256": "b" * 64,
-        "model": {
-            "architecture": "LlamaForCausalLM",
-            "dtype": "Float32",
-        }
-        | dict.fromkeys(
-            (
-                "parameters",
-                "hiddenSize",
-                "layers",
-                "vocabSize",
-                "linearParameters",
-                "targetFeatures",
-                "largestLayerParameters",
-                "maxPositions",
-            ),
-            1,
-        ),
-        "shards": [
-            {
-                "key": f"{split}/{number}.parquet",
-                "split": split,
-                "dataset": "pairs",
-                "rows": rows,
-                "tokens": tokens,
-                "trainedTokens": tokens,
-                "size": 1,
-                "sha256": "0" * 64,
-            }
-            for number, (split, rows, tokens) in enumerate(shards)
-        ],
-        "dropped": {"duplicates": 7, "tooLong": 0},
-    }
-    run = RunInfo(
-        namespace="team-a",
-        job="bot",
-        job_uid=JOB_UID,
-        attempt=1,
-        attempt_uid="uid-1",
-        spec_sha256="0" * 64,
-        base_model_uri="s3://bucket/models/tiny/",
-        base_model_sha256="b" * 64,
-        datasets_sha256={"pairs": "d" * 64},
-        image="registry/trainer@sha256:abc",
-        metrics=METRICS if metrics is None else metrics,
-    )
-    lines = [{"step": float(i), "loss": 3 - i / 100} for i in range(1, 101)] if history is None else history
-    return model_card(RunConfig.model_validate(config), PreparedData.model_validate(index), run, lines, 61.2)
+def make_card(*told: Any, **changes: Any) -> str:
+    return model_card(make_facts(*told, **changes))
 
 
 def test_the_front_matter_names_the_base_model_and_no_licence() -> None:
@@ -112,13 +55,59 @@ def test_packed_rows_are_not_called_examples() -> None:
 
 
 def test_without_validation_data_it_claims_nothing() -> None:
-    card = make_card(metrics={})
+    card = make_card({})
     assert "nothing was evaluated" in card
     assert "Validation loss" not in card
 
 
 def test_without_a_logged_step() -> None:
-    assert "Nothing was logged." in make_card(history=[])
+    assert "Nothing was logged." in make_card(None, [])
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ({"type": "PPO"}, "PPO against the reward model before, KL coefficient 0.05, clipped at 0.2"),
+        (
+            {"type": "GRPO", "grpo": {"rewards": [{"name": "short", "expression": "1"}]}},
+            "GRPO (Normalized advantages), 8 answers to a prompt, judged by `short`",
+        ),
+        ({"type": "DPO"}, "DPO, Sigmoid loss, beta 0.1"),
+        ({"type": "Reward"}, "Reward, centring 0"),
+    ],
+)
+def test_each_method_has_its_words(method: dict[str, Any], words: str) -> None:
+    assert f"| Method | {words} |" in make_card(method=method).splitlines()
+
+
+def test_figures_of_datasets_and_slices() -> None:
+    card = make_card({"accuracy": 0.5, "accuracy.tickets": 0.25, "accuracyBefore.tickets.de": 0.1, "trainLoss": 1.0})
+    lines = card.splitlines()
+    assert "| Validation accuracy | – | 0.5000 |" in lines
+    assert "| tickets |  | Validation accuracy | – | 0.2500 |" in lines
+    assert "| tickets | de | Validation accuracy | 0.1000 | – |" in lines
+    assert "trainLoss" not in card
+
+
+def test_a_slice_cannot_bring_markup() -> None:
+    card = make_card({"accuracy": 0.25, "accuracy.tickets.<script>|\nx": 0.25})
+    assert "| tickets | &lt;script>\\| x | Validation accuracy | – | 0.2500 |" in card.splitlines()
+
+
+def test_every_stage_has_its_part_and_what_it_left_of_the_others() -> None:
+    metrics = {"sft/evalLoss": 1.0, "sft/evalLoss@dpo": 1.5, "dpo/rewardMargin": 2.0, "rewardMargin": 2.0}
+    lines = make_card(metrics, stages=STAGES).splitlines()
+    assert [line for line in lines if line.startswith("### ")].count("### sft") == 3
+    assert "| sft | Validation loss | sft | 1.0000 |" in lines
+    assert "| sft | Validation loss | dpo | 1.5000 |" in lines
+    assert "| Method | DPO, Sigmoid loss, beta 0.1 |" in lines
+    assert any("supervised fine-tuning, then direct preference optimisation (DPO)" in line for line in lines)
+
+
+def test_an_adapter_upon_a_merged_model_is_published_as_a_whole_model() -> None:
+    card = make_card(kind="Model")
+    assert "PeftModel" not in card
+    assert "trained (LoRA, merged)" in card
 
 
 def test_a_column_cannot_break_a_table() -> None:
@@ -139,3 +128,9 @@ def test_a_long_curve_is_thinned() -> None:
 def test_metrics_lines() -> None:
     lines = metrics_lines([{"step": 1.0, "loss": 2.0}], {"evalLoss": 1.0}).splitlines()
     assert [json.loads(line) for line in lines] == [{"step": 1.0, "loss": 2.0}, {"final": {"evalLoss": 1.0}}]
+
+
+@pytest.mark.parametrize("slice_", ["n/a", "a@b", "</script>", "x.y", "sft/a@b"])
+def test_a_slice_may_be_called_anything(slice_: str) -> None:
+    (row,) = groups({f"accuracyBefore.tickets.{slice_}": 0.25, f"accuracy.tickets.{slice_}": 0.5})
+    assert (row.figure.dataset, row.figure.slice, row.before, row.after) == ("tickets", slice_, 0.25, 0.5)

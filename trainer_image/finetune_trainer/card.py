@@ -1,27 +1,24 @@
-"""What a person reads of a published adapter: the model card and the figures it is drawn from. Pure functions."""
+"""What a person reads of what was published: the model card and the figures it is drawn from. Pure functions."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from finetune_api.manifest import RunInfo
-from finetune_api.method import DPO, KTO, ORPO, SFT, Method, Reward
-from finetune_api.run import PreparedData, RunConfig
-from finetune_api.tuning import Freeze, LoRA, Tuning
+from finetune_api.stages import EffectiveStage
+from finetune_trainer import facts as told
+from finetune_trainer.facts import Facts
+from finetune_trainer.results import StageEnd
+from finetune_trainer.usage import snippet
 
 POINTS = 12
 """Rows of the loss table."""
-METHODS = {
-    "SFT": "supervised fine-tuning",
-    "DPO": "direct preference optimisation (DPO)",
-    "KTO": "Kahneman-Tversky optimisation (KTO)",
-    "ORPO": "odds-ratio preference optimisation (ORPO)",
-    "Reward": "reward modelling",
-}
+GROUPS = 60
+"""Rows of datasets and slices; the report has all."""
 BARS = "▁▂▃▄▅▆▇█"
-History = Sequence[dict[str, float]]
+History = Sequence[Mapping[str, float]]
+Part = Callable[[Facts, EffectiveStage, StageEnd], str]
 
 
-def metrics_lines(history: History, metrics: dict[str, float]) -> str:
+def metrics_lines(history: History, metrics: Mapping[str, float]) -> str:
     """metrics.jsonl: one object per logged step, and a last one with the final figures."""
     return "".join(json.dumps(entry) + "\n" for entry in [*history, {"final": metrics}])
 
@@ -37,186 +34,95 @@ def sparkline(values: Sequence[float], width: int = 60) -> str:
     return "".join(BARS[round((value - low) / ((high - low) or 1.0) * (len(BARS) - 1))] for value in chosen)
 
 
-def model_card(config: RunConfig, index: PreparedData, run: RunInfo, history: History, seconds: float) -> str:
-    """README.md of the adapter: where it comes from, how it was made, what it gained."""
-    tuning = config.spec.tuning
-    what = (
-        f"A {tuning.type} adapter for `{run.base_model_uri}`, trained"
-        if tuning.is_adapter
-        else f"`{run.base_model_uri}`, trained ({tuning.type})"
-    )
-    before = "Earlier adapter" if config.spec.base_model.adapter_uri else "Base model"
+def model_card(facts: Facts) -> str:
+    """README.md: where it comes from, how it was made, what it gained."""
     parts = [
-        _front_matter(config),
-        f"# {config.job}\n\n{what} by {METHODS[config.spec.method.type]}.",
-        "## Results\n\n" + _results(run.metrics, before, "With this adapter" if tuning.is_adapter else "This model"),
-        "## Use\n\n" + (_use(config) if tuning.is_adapter else USE_MODEL),
-        "## Data\n\n" + _data(config, index, run),
-        "## Training\n\n" + _training(config, seconds, history),
-        "## Loss\n\n" + _loss(history),
-        "## Provenance\n\n" + _provenance(config, run),
+        _front_matter(facts),
+        f"# {facts.run.job}\n\n{told.what_it_is(facts)}",
+        "## Results\n\n" + _results(facts),
+        "## Use\n\n" + _use(facts),
+        "## Data\n\n" + _data(facts),
+        "## Training\n\n" + _of_stages(facts, _training),
+        "## Loss\n\n" + _of_stages(facts, _loss),
+        "## Provenance\n\n" + _table(["", ""], told.provenance_rows(facts)),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(config: RunConfig) -> str:
+def _front_matter(facts: Facts) -> str:
     # No licence: it depends on the base model's and the data's, which are not ours to state.
+    words = [word for stage in facts.stages for word in (stage.spec.tuning.type, stage.spec.method.type)]
     fields = {
-        "base_model": config.spec.base_model.uri,
-        "library_name": "peft" if config.spec.tuning.is_adapter else "transformers",
-        "pipeline_tag": "text-classification" if _scores(config) else "text-generation",
-        "tags": [config.spec.tuning.type.lower(), config.spec.method.type.lower()],
+        "base_model": facts.run.base_model_uri,
+        "library_name": "peft" if facts.kind == "Adapter" else "transformers",
+        "pipeline_tag": "text-classification" if facts.scores else "text-generation",
+        "tags": list(dict.fromkeys(word.lower() for word in words)),
     }
     return "---\n" + "\n".join(f"{name}: {json.dumps(value)}" for name, value in fields.items()) + "\n---"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
 
 
-def _results(metrics: dict[str, float], before: str, after: str) -> str:
-    pairs = (
-        ("Validation loss", "evalLoss"),
-        ("Validation perplexity", "perplexity"),
-        ("Reward margin", "rewardMargin"),
-        ("Preference accuracy", "preferenceAccuracy"),
-        ("Reward of chosen answers", "chosenReward"),
-        ("Reward of rejected answers", "rejectedReward"),
-    )
-    rows = [
-        [title, f"{metrics[f'{name}Before']:.4f}", f"{metrics[name]:.4f}"]
-        for title, name in pairs
-        if name in metrics and f"{name}Before" in metrics
-    ]
+def _cell(text: str) -> str:
+    """On one line, whatever a tenant called something."""
+    line = " ".join(text.split()).replace("|", "\\|")
+    return line if line.startswith("`") else line.replace("<", "&lt;")
+
+
+def _results(facts: Facts) -> str:
+    rows, metrics = told.results(facts.run.metrics), facts.run.metrics
     if not rows:
         return "No validation data was given, so nothing was evaluated."
-    return _table(["", before, after], rows)
+    before = "Earlier adapter" if facts.stages[0].spec.base_model.adapter_uri else "Base model"
+    if len(facts.stages) > 1:
+        before = "Before the last stage"
+    head = ["", before, "With this adapter" if facts.kind == "Adapter" else "This model"]
+    text = _table(head, [[row.title, told.number(row.before), told.number(row.after)] for row in rows])
+    if groups := told.groups(metrics):
+        shown = [
+            [row.figure.dataset, row.figure.slice, row.title, told.number(row.before), told.number(row.after)]
+            for row in groups[:GROUPS]
+        ]
+        text += "\n\n### By dataset and slice\n\n" + _table(["Dataset", "Slice", *head], shown)
+    if rows_of_stages := told.forgetting(metrics):
+        kept = [[data, title, after, told.number(value)] for data, title, after, value in rows_of_stages]
+        text += "\n\n### What each stage left of the ones before\n\n" + _table(["Data of", "", "After", ""], kept)
+    return text
 
 
-USE_MODEL = (
-    "```python\n"
-    "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-    'model = AutoModelForCausalLM.from_pretrained("<this folder>")\n'
-    'tokenizer = AutoTokenizer.from_pretrained("<this folder>")\n'
-    "```"
-)
+def _use(facts: Facts) -> str:
+    more = ""
+    if facts.kind == "Adapter" and facts.spec.output.merged:
+        more = "\n\nThe folder `merged` is a whole model: it needs no peft and no base model."
+    return f"```python\n{snippet(facts)}\n```{more}"
 
 
-def _use(config: RunConfig) -> str:
-    kind, options = ("SequenceClassification", ", num_labels=1") if _scores(config) else ("CausalLM", "")
-    uri = config.spec.base_model.uri
-    whole = "\n\nThe folder `merged` is a whole model: it needs no peft and no base model."
-    more = whole if config.spec.output.merged else ""
-    return (
-        "```python\n"
-        "from peft import PeftModel\n"
-        f"from transformers import AutoModelFor{kind}, AutoTokenizer\n\n"
-        f'model = AutoModelFor{kind}.from_pretrained("<a copy of {uri}>"{options})\n'
-        'model = PeftModel.from_pretrained(model, "<this folder>")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("<this folder>")\n'
-        f"```{more}"
+def _data(facts: Facts) -> str:
+    parts = []
+    for stage in facts.stages:
+        if rows := told.data_rows(facts, stage):
+            title = f"### {stage.name}\n\n" if stage.name else ""
+            parts.append(title + _table(told.DATA_HEAD, rows))
+    dropped = ", ".join(f"{count:,} {cause}" for cause, count in told.dropped(facts).items())
+    return "\n\n".join([*parts, *([f"Left out: {dropped}."] if dropped else [])]) or "Nothing is known of the data."
+
+
+def _of_stages(facts: Facts, part: Part) -> str:
+    """One part for each stage, below its name where it has one."""
+    return "\n\n".join(
+        (f"### {stage.name}\n\n" if stage.name else "") + part(facts, stage, course) for stage, course in facts.trained
     )
 
 
-def _data(config: RunConfig, index: PreparedData, run: RunInfo) -> str:
-    rows = []
-    for dataset in config.spec.datasets:
-        shards = [shard for shard in index.shards if shard.dataset == dataset.name]
-        train = [shard for shard in shards if shard.split == "train"]
-        held_out = sum(shard.rows for shard in shards if shard.split == "validation")
-        rows.append(
-            [
-                dataset.name,
-                f"`{dataset.uri}`",
-                f"{sum(shard.rows for shard in train):,}",
-                f"{sum(shard.tokens for shard in train):,}",
-                f"{held_out:,}",
-                "in proportion" if dataset.weight is None else f"{dataset.weight:g}",
-                f"`{run.datasets_sha256.get(dataset.name, '')[:16]}`",
-            ]
-        )
-    head = ["Dataset", "From", "Examples", "Tokens", "Held out", "Weight", "SHA-256"]
-    dropped = ", ".join(f"{count:,} {cause}" for cause, count in sorted(index.dropped.items()) if count)
-    return _table(head, rows) + (f"\n\nLeft out: {dropped}." if dropped else "")
+def _training(facts: Facts, stage: EffectiveStage, course: StageEnd) -> str:
+    return _table(["", ""], told.training_rows(facts, stage, course))
 
 
-def _training(config: RunConfig, seconds: float, history: History) -> str:
-    spec, sizing = config.spec, config.sizing
-    assert sizing
-    training = spec.training
-    steps = int(history[-1]["step"]) if history else 0
-    rows = [
-        ["Method", _method(spec.method)],
-        [spec.tuning.type, _tuning(spec.tuning)],
-        ["Steps", f"{steps:,}, {training.global_batch_size} {'packed rows' if _packed(config) else 'examples'} each"],
-        ["Passes", f"{training.epochs:g}" if training.epochs else "by steps" if training.max_steps else "1"],
-        ["Learning rate", f"{training.learning_rate:g}, {training.schedule}, warm-up {training.warmup_ratio:.0%}"],
-        [
-            "Optimizer",
-            f"AdamW, weight decay {training.weight_decay:g}, gradients clipped at {training.max_grad_norm:g}",
-        ],
-        ["Length", f"at most {training.max_length:,} tokens"],
-        ["Precision", spec.base_model.dtype],
-        ["Seed", str(training.seed)],
-        ["Processes", f"{config.devices.world_size} ({config.devices.kind}), {sizing.strategy}"],
-        ["Time", f"{seconds:,.0f} s of training"],
-    ]
-    return _table(["", ""], rows)
-
-
-def _method(method: Method) -> str:
-    match method.type:
-        case "SFT":
-            return f"SFT, loss on {(method.sft or SFT()).loss}"
-        case "DPO":
-            dpo = method.dpo or DPO()
-            return f"DPO, {dpo.loss} loss, beta {dpo.beta:g}"
-        case "KTO":
-            kto = method.kto or KTO()
-            weights = f"weights {kto.desirable_weight:g} and {kto.undesirable_weight:g}"
-            return f"KTO, beta {kto.beta:g}, {weights} of good and bad answers"
-        case "ORPO":
-            return f"ORPO, beta {(method.orpo or ORPO()).beta:g}"
-        case "Reward":
-            return f"Reward, centring {(method.reward or Reward()).center_rewards_coefficient:g}"
-        case _:
-            return method.type
-
-
-def _scores(config: RunConfig) -> bool:
-    return config.spec.method.type == "Reward"
-
-
-def _tuning(tuning: Tuning) -> str:
-    modules = f"on {', '.join(tuning.target_modules)}"
-    match tuning.type:
-        case "Full":
-            return "every weight"
-        case "Freeze":
-            return f"the last {(tuning.freeze or Freeze()).trainable_layers} blocks and the head"
-        case "PromptTuning" | "PrefixTuning":
-            return f"{tuning.virtual_tokens} virtual tokens"
-        case "IA3":
-            return modules
-    lora = tuning.lora or LoRA()
-    options = "".join(
-        f", {words}"
-        for words, chosen in (
-            ("rank-stabilised", lora.scaling == "RankStabilized"),
-            ("PiSSA initialisation", lora.initialization == "PiSSA"),
-        )
-        if chosen
-    )
-    return f"rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}{options}, {modules}"
-
-
-def _packed(config: RunConfig) -> bool:
-    return bool(config.spec.method.sft and config.spec.method.sft.packing)
-
-
-def _loss(history: History) -> str:
-    points = [(int(entry["step"]), entry["loss"]) for entry in history if "loss" in entry]
+def _loss(facts: Facts, stage: EffectiveStage, course: StageEnd) -> str:
+    points = [(int(entry["step"]), entry["loss"]) for entry in course.history if "loss" in entry]
     if not points:
         return "Nothing was logged."
     count = min(POINTS, len(points))
@@ -224,16 +130,3 @@ def _loss(history: History) -> str:
     rows = [[f"{points[i][0]:,}", f"{points[i][1]:.4f}"] for i in chosen]
     line = sparkline([loss for _, loss in points])
     return (f"`{line}`\n\n" if line else "") + _table(["Step", "Training loss"], rows)
-
-
-def _provenance(config: RunConfig, run: RunInfo) -> str:
-    rows = [
-        ["Job", f"{run.namespace}/{run.job}, attempt {run.attempt} (`{run.attempt_uid}`)"],
-        ["Spec SHA-256", f"`{run.spec_sha256}`"],
-        ["Base model SHA-256", f"`{run.base_model_sha256}`"],
-    ]
-    if config.spec.base_model.adapter_uri:
-        rows.append(["Started from", f"`{config.spec.base_model.adapter_uri}`"])
-    if run.image:
-        rows.append(["Image", f"`{run.image}`"])
-    return _table(["", ""], rows)

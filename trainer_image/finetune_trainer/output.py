@@ -11,7 +11,7 @@ import torch
 from finetune_api.failures import TrainingResult
 from finetune_api.manifest import RunInfo
 from finetune_trainer import card, log, save
-from finetune_trainer.feed import Data
+from finetune_trainer.facts import Evidence, Facts
 from finetune_trainer.journal import Journal
 from finetune_trainer.model import Task
 from finetune_trainer.publish import now, publish
@@ -19,7 +19,8 @@ from finetune_trainer.report import Reporter
 from finetune_trainer.results import RECORD, Record, StageEnd, publish_result, read_record
 from finetune_trainer.start import StageRun
 from finetune_trainer.state import Tensors
-from finetune_trainer.storage import Store
+from finetune_trainer.storage import Store, join
+from finetune_trainer.storage_errors import ObjectMissing
 
 
 class Trained(NamedTuple):
@@ -71,11 +72,11 @@ def publish_stage(run: StageRun, store: Store, journal: Journal, metrics: dict[s
 def publish_output(
     run: StageRun,
     store: Store,
-    data: Data,
     journal: Journal,
     metrics: dict[str, float],
     reporter: Reporter,
     kind: Literal["Adapter", "Model"],
+    evidence: Evidence,
 ) -> TrainingResult:
     """Rank 0, of the last stage: what was saved, below the attempt's own UID, its manifest last."""
     config, output = run.config, run.work.output
@@ -95,7 +96,11 @@ def publish_output(
         image=config.image,
         metrics=metrics,
     )
-    (output / "README.md").write_text(card.model_card(config, data.prepared, info, journal.history, journal.seconds))
+    last = StageEnd(
+        name=run.stage.name, origin=run.origin, metrics=metrics, history=journal.history, seconds=journal.seconds
+    )
+    facts = Facts(run.job, run.stages, kind, info, [*earlier, last], data_reports(run, store), evidence)
+    (output / "README.md").write_text(card.model_card(facts))
     (output / "metrics.jsonl").write_text(
         _stage_lines(earlier) + card.metrics_lines(_of_stage(run.stage.name, journal.history), metrics)
     )
@@ -104,6 +109,18 @@ def publish_output(
     done = publish(store, output, uri, kind=kind, step=journal.step, created_time=now(), run=info)
     log.event("published", uri=uri, bytes=done.size, manifest_sha256=done.manifest_sha256)
     return TrainingResult(uri=uri, manifest_sha256=done.manifest_sha256, size_bytes=done.size, metrics=metrics)
+
+
+def data_reports(run: StageRun, store: Store) -> dict[str, Any]:
+    """What `prepare` reported of each stage's data, where it did."""
+    found = {}
+    for stage in run.stages:
+        uri = join(join(run.job.scratch_uri, f"data/{stage.name}".rstrip("/")), "data-report.json")
+        try:
+            found[stage.name] = json.loads(store.get_bytes(uri, 64 * 2**20))
+        except ObjectMissing:
+            continue
+    return found
 
 
 def named(earlier: Sequence[StageEnd], last: str, metrics: dict[str, float]) -> dict[str, float]:

@@ -23,8 +23,11 @@ class ClassifyTrainer(MethodTrainer):
     def __init__(self, model: Any, args: TrainingArguments, batches: MicroBatches) -> None:
         super().__init__(model, args, batches)
         self._scoring = Scoring(model.config)
-        self.confusion: list[list[int]] = []
-        """Of what was measured last: examples by class (outer) and by the class that the model took them for."""
+        self._confusion: list[list[int]] = []
+
+    @property
+    def confusion(self) -> list[list[int]]:
+        return self._confusion
 
     def compute_loss(
         self,
@@ -42,7 +45,7 @@ class ClassifyTrainer(MethodTrainer):
         losses, predicted = self._verdicts(data, ranks, batch_size)
         if not np.isfinite(losses).all():
             raise FineTuneError(Reason.DIVERGED, "the loss on the validation data is not a number")
-        self.confusion = confusion(data.label, predicted, len(data.names))
+        self._confusion = confusion(data.label, predicted, len(data.names))
         found: dict[str, float] = {}
         for suffix, ids in groups.members():
             figures = {"evalLoss": float(losses[ids].mean())} | figures_of(data.label[ids], predicted[ids])
