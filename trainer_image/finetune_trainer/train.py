@@ -29,6 +29,7 @@ from finetune_trainer.checkpoint import Checkpoints
 from finetune_trainer.control import best_step
 from finetune_trainer.evaluation.evaluator import Evaluator
 from finetune_trainer.evaluation.gates import check
+from finetune_trainer.facts import Evidence
 from finetune_trainer.feed import load_data, micro_batches
 from finetune_trainer.forgetting import retained
 from finetune_trainer.journal import Journal
@@ -113,7 +114,8 @@ def train(run: StageRun, signals: Signals, reporter: Reporter, end: "End") -> No
         # A stage's checkpoints may go once its result is there, and not before the last of them is.
         checkpoints.wait()
         if run.is_last:
-            end.result = publish_output(run, store, data, journal, metrics, reporter, kind)
+            evidence = Evidence(classes, trainer.confusion, evaluator.samples)
+            end.result = publish_output(run, store, journal, metrics, reporter, kind, evidence)
             names = [stage.name for stage in run.stages if stage.name]
             check(run.job.spec.evaluation, end.result.metrics, names)
         else:

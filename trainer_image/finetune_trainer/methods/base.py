@@ -5,7 +5,7 @@ denominators are ours: they are those of the whole global batch, so that neither
 changes what is learned.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -45,6 +45,11 @@ class MethodTrainer(Trainer):  # type: ignore[misc]
         """Those of the trained parameters that are part of the result."""
         hidden = self.private
         return {name: value for name, value in parameters.items() if not (hidden and name.startswith(hidden))}
+
+    @property
+    def confusion(self) -> Sequence[Sequence[int]]:
+        """Of what was measured last, examples by class (outer) and by the class that the model took them for."""
+        return ()
 
     def start_at(self, step: int) -> None:
         """Continue after `step` optimizer steps; for `on_train_begin`."""
