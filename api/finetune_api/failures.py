@@ -121,7 +121,7 @@ class TerminationMessage(ApiModel):
     prepared: PreparedSummary | None = None
 
     def encode(self) -> bytes:
-        """At most 4,096 bytes of JSON, made so by leaving out figures, the least telling first, and cutting messages."""
+        """At most 4,096 bytes of JSON: figures are left out, the least telling first, and messages cut."""
         said = self
         if said.result:
             # JSON has no word for what is no number.

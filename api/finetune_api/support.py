@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 
-from finetune_api import combinations, dataset_rules, rollout_rules, stage_rules
+from finetune_api import combinations, dataset_rules, evaluation_rules, rollout_rules, stage_rules
+from finetune_api.dataset import Holdout
+from finetune_api.evaluation import Retention
 from finetune_api.job import FineTuneJobSpec
 from finetune_api.model import Path, Problem
 from finetune_api.profile import FineTuneProfileSpec
@@ -28,30 +30,30 @@ def _unsupported(spec: FineTuneJobSpec) -> Iterator[Problem]:
         yield from combinations.problems(stage)
     if not spec.base_model.uri.startswith("s3://"):
         yield refuse("baseModel", "uri", found=spec.base_model.uri, allowed="s3:// only")
-    if spec.test:
-        yield refuse("test", found="a test split", allowed="validation only")
     yield from stage_rules.problems(effective(spec))
     yield from rollout_rules.problems(effective(spec))
-    if extra := [m for m in spec.evaluation.metrics if m not in ("Loss", "Perplexity")]:
-        yield refuse("evaluation", "metrics", found=extra, allowed="Loss and Perplexity")
-    if spec.evaluation.retention:
-        yield refuse("evaluation", "retention", found="retention", allowed="no retention data")
-    if spec.evaluation.gates:
-        yield refuse("evaluation", "gates", found=[g.metric for g in spec.evaluation.gates], allowed="no gates")
+    yield from evaluation_rules.problems(spec, effective(spec))
+    if "WinRate" in spec.evaluation.metrics:
+        yield refuse("evaluation", "metrics", found="WinRate", allowed="metrics without a reward model")
     if spec.tracking and spec.tracking != type(spec.tracking)():
         yield refuse("tracking", found="tracking", allowed="metrics in the status and in metrics.jsonl")
 
 
 def _unsupported_stage(stage: EffectiveStage) -> Iterator[Problem]:
     spec = stage.spec
-    if stage.generate:
-        yield _refuse(("spec", "stages", stage.number, "generate"), "a stage that generates", "stages that train")
-    held_out = spec.validation.datasets if spec.validation and spec.validation.datasets else []
-    for path, datasets in ((stage.path("datasets"), spec.datasets), (("spec", "validation", "datasets"), held_out)):
-        for index, dataset in enumerate(datasets):
+    if stage.generate and stage.generate.teacher and not stage.generate.teacher.uri.startswith("s3://"):
+        teacher = stage.generate.teacher.uri
+        yield _refuse(("spec", "stages", stage.number, "generate", "teacher", "uri"), teacher, "s3:// only")
+    held_out: tuple[tuple[Path, Holdout | Retention | None], ...] = (
+        (("spec", "validation"), spec.validation),
+        (("spec", "test"), spec.test),
+        (("spec", "evaluation", "retention"), spec.evaluation.retention),
+    )
+    for path, holdout in held_out:
+        for index, dataset in enumerate((holdout and holdout.datasets) or ()):
             # What an earlier stage writes may be trained on, not held out.
-            if dataset.uri.startswith(STAGE_URI) and datasets is held_out:
-                yield _refuse((*path, index, "uri"), dataset.uri, "s3:// only")
+            if dataset.uri.startswith(STAGE_URI):
+                yield _refuse((*path, "datasets", index, "uri"), dataset.uri, "s3:// only")
 
 
 def unsupported_profile(spec: FineTuneProfileSpec) -> list[Problem]:

@@ -1,7 +1,7 @@
 """Rows in, shards out: format, data policy, split, tokens. One pass; memory is bounded by a batch and a shard."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from finetune_trainer.data.guard import Guard, Guarded, plain, unmarked
 from finetune_trainer.data.near import sketch
 from finetune_trainer.data.policy import AcrossStages, Candidate, Repeats, refuse
 from finetune_trainer.data.readers import Row, place
-from finetune_trainer.data.records import Record, compared_by, digest_of, learned_of, to_records
+from finetune_trainer.data.records import Record, compared_by, digest_of, learned_of, slice_of, to_records
 from finetune_trainer.data.report import SAMPLE, DatasetReport
 from finetune_trainer.data.shards import Encoded, OutlineWriter, ShardWriter, Upload
 from finetune_trainer.data.sources import Source, rows
@@ -43,6 +43,7 @@ class Placed(NamedTuple):
     record: Record
     texts: list[Text]
     """One; of a pair the chosen and the rejected."""
+    slice: str | None = None
 
 
 class Reading(NamedTuple):
@@ -66,8 +67,11 @@ class Pipeline:
         folder: Path,
         upload: Upload,
         stages: AcrossStages | None = None,
+        kept: Callable[[Split, Record], None] = lambda split, record: None,
     ) -> None:
-        """`stages`: what the job's other stages are known to train on and to hold out."""
+        """`stages`: what the job's other stages are known to train on and to hold out; `kept` hears of every record
+        that becomes an example."""
+        self._kept = kept
         self._stages = stages
         self._store, self._spec, self._model = store, spec, model
         self._folder, self._upload = folder, upload
@@ -107,6 +111,7 @@ class Pipeline:
                     writers[item.split] = self._writer(item.split, source)
                 writers[item.split].add(fitted)
                 report.keep(item.split, fitted)
+                self._kept(item.split, item.record)
         for writer in writers.values():
             writer.flush()
             self.shards += writer.shards
@@ -142,7 +147,15 @@ class Pipeline:
     def _writer(self, split: Split, source: Source) -> ShardWriter:
         outline = self.outline if split == "train" else None
         name, number = source.dataset.name, self._next_number
-        return ShardWriter(split, name, self.kind, self._folder, self._upload, number, outline)
+        sliced = split != "train" and bool(source.dataset.columns and source.dataset.columns.slice)
+        return ShardWriter(split, name, self._kind_of(source), self._folder, self._upload, number, outline, sliced)
+
+    def _kind_of(self, source: Source) -> Kind:
+        """What could be done before is measured by the loss of answers, whatever is learned."""
+        return "Tokens" if source.split == "retention" else self.kind
+
+    def _formats_of(self, source: Source) -> tuple[str, ...]:
+        return formats_of("SFT", "Tokens") if source.split == "retention" else self._formats
 
     def _next_number(self, split: Split) -> int:
         self._numbers[split] = self._numbers.get(split, -1) + 1
@@ -189,7 +202,9 @@ class Pipeline:
         if split == "train" and (changed := passages.altered(guarded.row, form, digest)):
             records = self._records(reading, changed)
         records = [record._replace(example=shots.before(record.example, digest)) for record in records]
-        placed = [Placed(where, split, record, self._lay_out(record)) for record in records]
+        group = slice_of(row.value, source.dataset.columns)
+        kind = self._kind_of(source)
+        placed = [Placed(where, split, record, self._lay_out(record, kind), group) for record in records]
         if guarded.found:
             report.warn("specialTokens", where, f"{guarded.found} is encoded as plain text")
         return placed
@@ -203,7 +218,7 @@ class Pipeline:
         return to_records(
             reading.passages.placed(row, reading.form),
             reading.form,
-            self.kind,
+            self._kind_of(reading.source),
             reading.source.dataset.columns,
             reading.template.render if reading.template else None,
             self._model.has_chat_template,
@@ -226,7 +241,8 @@ class Pipeline:
         if passages and not template:
             bare = {name: value for name, value in row.items() if name != passages}
             columns = reading.source.dataset.columns
-            records = to_records(bare, reading.form, self.kind, columns, None, self._model.has_chat_template)
+            kind = self._kind_of(reading.source)
+            records = to_records(bare, reading.form, kind, columns, None, self._model.has_chat_template)
         rendered = template.columns - {passages} if template else None
         return Candidate(reading.source, where, split, digest, sketch(*compared_by(records, row, rendered)), learned)
 
@@ -249,10 +265,10 @@ class Pipeline:
                 shots.offer(digest, records[0].example)
         return shots
 
-    def _lay_out(self, record: Record) -> list[Text]:
+    def _lay_out(self, record: Record, kind: Kind) -> list[Text]:
         """Raises BadRow."""
         chat = self._model.chat
-        if self.kind in ("Classes", "Prompts"):
+        if kind in ("Classes", "Prompts"):
             return [unmarked(lay_out_prompt(record.example, chat))]
         return [unmarked(lay_out(e, self._loss, chat)) for e in (record.example, record.rejected) if e is not None]
 
@@ -265,23 +281,23 @@ class Pipeline:
                 raise FineTuneError(error.reason, f"{source.field}: {error}") from error
 
     def _format(self, source: Source, peeked: Iterable[tuple[str, Row]]) -> str:
-        form = source.dataset.format
-        if form in self._formats:
+        form, formats = source.dataset.format, self._formats_of(source)
+        if form in formats:
             return form
         if form != "Auto":
-            method = self._spec.method.type
+            what = "retention" if source.split == "retention" else f"method {self._spec.method.type}"
             raise FineTuneError(
                 Reason.INVALID_SPEC,
-                f"{source.field}.format: found {form}; method {method} needs {' or '.join(self._formats)}",
+                f"{source.field}.format: found {form}; {what} needs {' or '.join(formats)}",
             )
-        if len(self._formats) == 1 and source.dataset.columns:
-            return self._formats[0]
+        if len(formats) == 1 and source.dataset.columns:
+            return formats[0]
         good: list[Mapping[str, Any]] = [row.value for _, row in peeked if not row.problem]
         if not good:
             where, problem = next(((w, row.problem) for w, row in peeked), (source.dataset.uri, "there are no rows"))
             raise FineTuneError(Reason.DATA_INVALID, f"{source.field}: {where}: {problem}")
         try:
-            return detect(good, source.dataset.columns, self._formats, self.kind == "Unpaired")
+            return detect(good, source.dataset.columns, formats, self._kind_of(source) == "Unpaired")
         except Ambiguous as error:
             raise FineTuneError(Reason.DATA_INVALID, f"{source.field}.format: {error}") from error
 
@@ -318,13 +334,13 @@ class Pipeline:
                 case _:
                     report.drop("tooLong", item.where, why)
                     return None
-        if self.kind not in ("Classes", "Prompts") and not all(tokens.trained for tokens in found):
+        if self._kind_of(source) not in ("Classes", "Prompts") and not all(tokens.trained for tokens in found):
             report.drop("noTrainableTokens", item.where)
             return None
         record = item.record
         rejected = found[1] if len(found) > 1 else None
         label, reference = (text and plain(text) for text in (record.label, record.reference))
-        return Encoded(found[0], rejected, record.desirable, label, reference)
+        return Encoded(found[0], rejected, record.desirable, label, reference, item.slice)
 
     def _cut(self, tokens: Tokens) -> Tokens:
         """A prompt keeps its end, which is what is answered; all else keeps its beginning."""

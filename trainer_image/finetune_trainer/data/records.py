@@ -35,6 +35,8 @@ REFERENCES = ("reference", "answer", "completion", "solution", "ground_truth")
 """Columns that usually hold the answer that a prompt should get."""
 VERDICTS = {"true": True, "false": False, "1": True, "0": False}
 LABEL_LIMIT = 128
+SLICE_LIMIT = 64
+_NOT_IN_NAMES = re.compile(r"[\s./@\x00-\x1f\x7f]+")
 Row = Mapping[str, Any]
 
 
@@ -67,6 +69,19 @@ def to_records(
     if form == "PromptOnly":
         return [Record(_prompt(row, columns, render, chat), reference=_reference(row, columns))]
     return [Record(to_example(row, form, columns, render, chat))]
+
+
+def slice_of(row: Row, columns: Columns | None) -> str | None:
+    """The part of the data that a row belongs to, as it stands in a figure's name. Raises BadRow."""
+    name = columns.slice if columns else None
+    if name is None:
+        return None
+    value = value_of(row, "slice", columns)
+    if value is None:
+        return None
+    if not isinstance(value, str | bool | int | float):
+        raise BadRow(f"`{name}` must be text, a number or a truth value; found {type(value).__name__}")
+    return _NOT_IN_NAMES.sub("_", str(value).strip())[:SLICE_LIMIT] or None
 
 
 def digest_of(records: Sequence[Record]) -> bytes:

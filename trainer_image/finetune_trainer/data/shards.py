@@ -29,6 +29,7 @@ class Encoded(NamedTuple):
     desirable: bool | None = None
     label: str | None = None
     reference: str | None = None
+    slice: str | None = None
 
     @property
     def longest(self) -> int:
@@ -91,8 +92,10 @@ class ShardWriter:
         upload: Upload,
         next_number: Callable[[Split], int],
         outline: OutlineWriter | None = None,
+        sliced: bool = False,
     ) -> None:
-        self._kind, self._outline = kind, outline
+        """`sliced`: the examples say which slice they are of."""
+        self._kind, self._outline, self._sliced = kind, outline, sliced
         self._split, self._dataset, self._folder, self._upload = split, dataset, folder, upload
         self._next_number = next_number
         self.shards: list[Shard] = []
@@ -138,6 +141,8 @@ class ShardWriter:
 
     def _columns(self) -> dict[str, pa.Array]:
         columns = self._chosen.columns("")
+        if self._sliced:
+            columns["slice"] = pa.array([item.slice for item in self._known], pa.string())
         match self._kind:
             case "Pairs":
                 columns |= self._rejected.columns("rejected_")

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from finetune_api.dataset import Dataset
+from finetune_api.dataset import Dataset, Holdout
+from finetune_api.evaluation import Retention
 from finetune_api.failures import FineTuneError, Reason
 from finetune_api.job import FineTuneJobSpec
 from finetune_api.run import PinnedObject, Split
@@ -27,10 +28,14 @@ class Source(NamedTuple):
 def sources(store: Store, spec: FineTuneJobSpec) -> list[Source]:
     """Every data set with its files as they are now, held-out ones first. Raises with the spec's field named."""
     named: list[tuple[str, Split | None, Dataset]] = []
-    for part, split in (("validation", "validation"), ("test", "test")):
-        holdout = getattr(spec, part)
+    held_out: tuple[tuple[str, Split, Holdout | Retention | None], ...] = (
+        ("spec.validation", "validation", spec.validation),
+        ("spec.test", "test", spec.test),
+        ("spec.evaluation.retention", "retention", spec.evaluation.retention),
+    )
+    for field, split, holdout in held_out:
         if holdout and holdout.datasets:
-            named += [(f"spec.{part}.datasets[{i}]", split, d) for i, d in enumerate(holdout.datasets)]  # type: ignore[misc]
+            named += [(f"{field}.datasets[{i}]", split, d) for i, d in enumerate(holdout.datasets)]
     named += [(f"spec.datasets[{i}]", None, d) for i, d in enumerate(spec.datasets)]
     return [_source(store, dataset, field, split) for field, split, dataset in named]
 
