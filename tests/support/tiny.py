@@ -43,6 +43,7 @@ def make_tiny_model(
     max_positions: int = 512,
     chat_template: str | None = None,
     seed: int = 0,
+    spread: float = 0.05,
 ) -> Path:
     """Writes what `from_pretrained` of transformers reads: config, weights (float32) and tokeniser."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -77,15 +78,15 @@ def make_tiny_model(
         settings["chat_template"] = chat_template
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
-    save_file(_weights(vocab, hidden, layers, seed), directory / "model.safetensors", metadata={"format": "pt"})
+    save_file(_weights(vocab, hidden, layers, seed, spread), directory / "model.safetensors", metadata={"format": "pt"})
     return directory
 
 
-def _weights(vocab: int, hidden: int, layers: int, seed: int) -> dict[str, np.ndarray]:
+def _weights(vocab: int, hidden: int, layers: int, seed: int, spread: float) -> dict[str, np.ndarray]:
     random = np.random.default_rng(seed)
 
     def matrix(rows: int, columns: int) -> np.ndarray:
-        return random.normal(0, 0.05, (rows, columns)).astype(np.float32)
+        return random.normal(0, spread, (rows, columns)).astype(np.float32)
 
     ones = np.ones(hidden, dtype=np.float32)
     weights = {

@@ -1,0 +1,97 @@
+"""Does what a job published do what it learned? Asked of plain peft and transformers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from support.teaching import BAD, GOOD
+
+QUESTIONS = [f"Number {number}: which words of {GOOD[number % 8]} {BAD[number % 8]}?" for number in range(900, 912)]
+
+
+def assert_learned(artifact: Path, base: Path) -> None:
+    """It loads, and prefers good answers to bad ones by more than the base model does."""
+    config = _config(artifact)
+    if config.get("task_type") == "SEQ_CLS" or "SequenceClassification" in str(config.get("architectures")):
+        better = _verdict(_load(artifact, base, config, heads=True))
+        assert better > 0, f"good answers score {better:.3f} above bad ones"
+        return
+    before, after = _preference(_load(None, base, config)), _preference(_load(artifact, base, config))
+    assert after > before, f"good answers are {after:.3f} likelier than bad ones, before {before:.3f}"
+
+
+def _config(artifact: Path) -> dict[str, Any]:
+    path = artifact / "adapter_config.json"
+    found: dict[str, Any] = json.loads((path if path.exists() else artifact / "config.json").read_text())
+    return found
+
+
+def _load(artifact: Path | None, base: Path, config: dict[str, Any], heads: bool = False) -> Any:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    kind = AutoModelForSequenceClassification if heads else AutoModelForCausalLM
+    if artifact is None:
+        return kind.from_pretrained(base).eval()
+    if "peft_type" not in config:
+        return kind.from_pretrained(artifact).eval()
+    labels = {"num_labels": _labels(artifact)} if heads else {}
+    return PeftModel.from_pretrained(kind.from_pretrained(base, **labels), artifact).eval()
+
+
+def _labels(artifact: Path) -> int:
+    """Rows of the published head."""
+    from safetensors import safe_open
+
+    with safe_open(artifact / "adapter_model.safetensors", "pt") as file:
+        heads = [file.get_tensor(name) for name in list(file.keys()) if "score" in name]
+    return int(heads[0].shape[0])
+
+
+def _preference(model: Any) -> float:
+    """The mean log-probability of good answers less that of bad ones, in nats per answer."""
+    return sum(
+        _log_probability(model, question, GOOD) - _log_probability(model, question, BAD) for question in QUESTIONS
+    )
+
+
+def _log_probability(model: Any, question: str, words: list[str]) -> float:
+    import torch
+
+    tokenizer = _tokenizer(model)
+    head = tokenizer(question)["input_ids"]
+    tail = tokenizer("".join(f" {word}" for word in words[:3]), add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([head + tail])).logits[0]
+    # A prompt of virtual tokens stands before.
+    found = logits[-len(tail) - 1 : -1].log_softmax(-1)
+    return float(found.gather(1, torch.tensor(tail)[:, None]).sum()) / len(QUESTIONS)
+
+
+def _verdict(model: Any) -> float:
+    """How much higher texts with good words score than texts with bad ones; the first class is that of good ones."""
+    import torch
+
+    tokenizer, margin = _tokenizer(model), 0.0
+    for question in QUESTIONS:
+        for words, sign in ((GOOD, 1), (BAD, -1)):
+            # What a head reads is the end of the text.
+            ids = [*tokenizer(f"{question} {' '.join(words[:3])}")["input_ids"], tokenizer.eos_token_id]
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([ids])).logits[0].float()
+            margin += sign * float(logits[0] if len(logits) == 1 else logits.softmax(-1)[0])
+    return margin / len(QUESTIONS)
+
+
+_TOKENIZERS: dict[str, Any] = {}
+
+
+def _tokenizer(model: Any) -> Any:
+    from transformers import AutoTokenizer
+
+    folder = model.get_base_model().name_or_path if hasattr(model, "get_base_model") else model.name_or_path
+    if folder not in _TOKENIZERS:
+        _TOKENIZERS[folder] = AutoTokenizer.from_pretrained(folder)
+    return _TOKENIZERS[folder]

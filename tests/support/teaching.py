@@ -1,0 +1,74 @@
+"""What a model of two layers can learn in seconds, in every format of data: rows made by code, and the model."""
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from support.tiny import make_tiny_model
+
+GOOD = ["apple", "river", "stone", "cloud", "window", "garden", "paper", "silver"]
+BAD = ["morning", "engine", "letter", "yellow", "market", "summer", "bridge", "ladder"]
+TEXT = "Number repeat these words which question answer first second south north passage says " + " ".join(GOOD + BAD)
+NEEDED = {
+    "Messages": ("messages",),
+    "PromptCompletion": ("prompt", "completion"),
+    "Instruction": ("instruction", "input", "output"),
+    "Text": ("text",),
+    "Preference": ("prompt", "chosen", "rejected"),
+    "Labelled": ("text", "label"),
+    "PromptOnly": ("prompt",),
+}
+
+
+def rows(dataset: dict[str, Any], unpaired: bool = False) -> Iterator[dict[str, Any]]:
+    """Endless rows for a dataset of a spec, by its format and columns; a good answer is of words from GOOD alone.
+
+    `unpaired`: Preference as a completion and whether it is good.
+    """
+    form = dataset.get("format", "PromptCompletion")
+    named = {role: name for role, name in (dataset.get("columns") or {}).items() if name}
+    needed = dict.fromkeys((*NEEDED[form], *named))
+    if form == "Preference" and unpaired:
+        needed = dict.fromkeys(("prompt", "completion", "label"))
+    for number in itertools.count():
+        good, bad = _words(number, GOOD), _words(number, BAD)
+        fine = number % 2 == 0
+        question = f"Number {number}: which words of {good[1]} {bad[1]}?"
+        answer = good if fine or not unpaired else bad
+        turns = ({"role": "user", "content": question}, {"role": "assistant", "content": " ".join(good)})
+        known = {
+            "messages": list(turns),
+            "prompt": question,
+            "completion": " " + " ".join(answer),
+            "text": f"{question} {' '.join(good if fine or form != 'Labelled' else bad)}",
+            "instruction": "Which words?",
+            "input": question,
+            "output": " ".join(good),
+            "system": "Answer in words.",
+            "chosen": " " + " ".join(good),
+            "rejected": " " + " ".join(bad),
+            "label": fine if unpaired else ("first" if fine else "second"),
+            "context": [f"Passage {number} says {' '.join(good)}.", f"Another says {' '.join(bad)}."],
+            "slice": "north" if number % 3 else "south",
+        }
+        yield {named.get(role, role): known[role] for role in needed}
+
+
+def _words(number: int, words: list[str]) -> list[str]:
+    return [words[(number * step + shift) % len(words)] for shift, step in enumerate((1, 3, 5)[: 2 + number % 2])]
+
+
+def write_rows(path: Path, dataset: dict[str, Any], count: int, first: int = 0, unpaired: bool = False) -> Path:
+    """Rows `first` to `first + count` as JSONL."""
+    found = itertools.islice(rows(dataset, unpaired), first, first + count)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    return path
+
+
+def make_model(directory: Path) -> Path:
+    """A Llama of 2 layers and 32 dimensions, whose random weights differ enough for attention to matter."""
+    text = f"{TEXT} {TEXT.replace(' ', ': ')} 0123456789?.\n"
+    return make_tiny_model(directory, vocab_text=text, vocab_size=360, max_positions=256, spread=0.3)

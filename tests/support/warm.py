@@ -1,0 +1,132 @@
+"""A process that has imported the trainer once and forks for each of a pod's programs: an import takes five seconds.
+
+Only the start of the interpreter is saved: the programs, their variables, output and exit codes are the pod's own. What
+is lost is that a rank counts towards its pod's memory limit.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import runpy
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+PRELOADED = ("finetune_trainer.prepare", "finetune_trainer.pull", "finetune_trainer.train")
+PR_SET_PDEATHSIG = 1
+
+
+@contextlib.contextmanager
+def warm_start() -> Iterator[dict[str, str]]:
+    """The variables by which a pod's programs find it."""
+    # In a short path of no pod's: a socket's name has at most 107 bytes, and the process node rewrites mounted paths.
+    with tempfile.TemporaryDirectory(prefix="warm-") as directory:
+        shutil.copy(Path(__file__).with_name("warm_start") / "sitecustomize.py", directory)
+        with _serving(Path(directory) / "socket") as path:
+            yield {"WARM_START_SOCKET": str(path), "PYTHONPATH": directory}
+
+
+@contextlib.contextmanager
+def _serving(path: Path) -> Iterator[Path]:
+    quiet = {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, __file__, str(path)],
+        env=os.environ | quiet,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        if process.stdout.readline() != b"ready\n":
+            raise RuntimeError("the warm trainer did not start")
+        yield path
+    finally:
+        process.stdin.close()
+        process.stdout.close()
+        process.wait(20)
+
+
+def serve(path: str) -> None:
+    """Forks for each request until standard input ends."""
+    for module in PRELOADED:
+        __import__(module)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen(64)
+        print("ready", flush=True)
+        while True:
+            ready, _, _ = select.select([listener, sys.stdin], [], [])
+            if sys.stdin in ready:
+                return
+            connection, _ = listener.accept()
+            if os.fork() == 0:
+                listener.close()
+                keep(connection)
+            connection.close()
+
+
+def keep(connection: socket.socket) -> None:
+    """Runs one program below this process, and tells its end; it is killed where who asked for it is gone."""
+    die_with_parent()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    _, outputs, _, _ = socket.recv_fds(connection, 1, 2)
+    request = json.loads(connection.makefile().readline())
+    pid = os.fork()
+    if pid == 0:
+        connection.close()
+        become(request, outputs)
+    for descriptor in outputs:
+        os.close(descriptor)
+    process = os.pidfd_open(pid)
+    # Who asked may be gone at any time.
+    with contextlib.suppress(OSError):
+        connection.sendall(f"{pid}\n".encode())
+    ready, _, _ = select.select([process, connection], [], [])
+    if process not in ready:
+        os.killpg(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    with contextlib.suppress(OSError):
+        connection.sendall(f"{status}\n".encode())
+    os._exit(0)
+
+
+def become(request: dict[str, Any], outputs: list[int]) -> None:
+    import torch
+
+    os.setpgid(0, 0)
+    die_with_parent()
+    for stream, descriptor in zip((1, 2), outputs, strict=True):
+        os.dup2(descriptor, stream)
+    os.environ.clear()
+    os.environ.update(request["env"])
+    os.chdir(request["directory"])
+    sys.argv = [request["module"], *request["arguments"]]
+    # The variable was read when torch was imported.
+    torch.set_num_threads(int(request["env"].get("OMP_NUM_THREADS", "1")))
+    code: Any = 1
+    try:
+        runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 0 if code is None else 1)
+
+
+def die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
