@@ -56,7 +56,8 @@ class GRPOTrainer(RolloutTrainer):
             return losses.sum() / rows
         losses = clipped_losses(moved, batch["advantages"][rows_of_tokens(labels)], grpo.clip_range)
         if grpo.beta:
-            losses = losses + grpo.beta * distances(now, batch["reference"])
+            # Without the ratio the gradient of the estimate is not that of the distance (DeepSeek-V3.2, 2512.02556).
+            losses = losses + grpo.beta * torch.exp(moved) * distances(now, batch["reference"])
         return losses.sum() / tokens
 
 

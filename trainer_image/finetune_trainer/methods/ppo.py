@@ -99,7 +99,7 @@ def advantages(
 ) -> torch.Tensor:
     """Generalised advantage estimation, all (tokens,): nothing is earned after an answer has ended."""
     kept = labels[:, 1:] != IGNORED
-    reward, value = (torch.zeros(kept.shape, device=values.device).masked_scatter(kept, x) for x in (rewards, values))
+    reward, value = (values.new_zeros(kept.shape).masked_scatter(kept, x) for x in (rewards, values))
     found, ahead = torch.zeros_like(value), torch.zeros_like(value[:, 0])
     for place in reversed(range(kept.shape[1])):
         following = value[:, place + 1] if place + 1 < kept.shape[1] else 0.0
