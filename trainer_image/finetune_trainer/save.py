@@ -80,7 +80,10 @@ def save_merged(
     model = load_model(source, dtype, "sdpa", torch.device("cpu"), quantization, task, classes)
     if quantization:
         model = model.dequantize(dtype)
-    PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True).save_pretrained(directory)
+    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
+    # In a process group transformers lets rank 0 alone write; here one rank of each pod does.
+    merged.should_save_on_this_rank = lambda is_main_process: True
+    merged.save_pretrained(directory)
     _readable(directory)
 
 
