@@ -25,7 +25,7 @@ def problems(stage: EffectiveStage) -> Iterator[Problem]:
     if stage.has_head and method.sft and method.sft.packing:
         text = "found true; a class is of a whole row, so each row of Labelled data holds one text"
         yield Problem((*stage.path("method"), "sft", "packing"), text)
-    yield from _preference(stage)
+    yield from _head(stage)
     yield from _earlier_adapter(stage)
     yield from _evaluation(stage)
     if tuning.type == "QLoRA" and tuning.lora and tuning.lora.initialization == "PiSSA":
@@ -40,7 +40,7 @@ def _earlier_adapter(stage: EffectiveStage) -> Iterator[Problem]:
     spec, tuning, method = stage.spec, stage.spec.tuning, stage.spec.method
     if not spec.base_model.adapter_uri:
         return
-    if method.type in ("DPO", "KTO") or stage.has_head:
+    if stage.has_head:
         what = method.type if method.type != "SFT" else "a new head for Labelled data"
         text = f"{what} starts from a whole model; publish the adapter merged and start from that model"
         yield Problem(("spec", "baseModel", "adapterUri"), text)
@@ -73,15 +73,8 @@ def _evaluation(stage: EffectiveStage) -> Iterator[Problem]:
         yield Problem((*path, "metric"), text)
 
 
-def _preference(stage: EffectiveStage) -> Iterator[Problem]:
-    tuning, method, path = stage.spec.tuning, stage.spec.method, stage.path("tuning")
-    if method.type in ("DPO", "KTO"):
-        why = f"{method.type} compares with the model as it was, which it finds by switching the adapter off"
-        if not tuning.is_adapter:
-            yield Problem((*path, "type"), f"found {tuning.type}; {why}: {', '.join(ADAPTERS)}")
-        if tuning.lora and tuning.lora.initialization == "PiSSA":
-            text = f"found PiSSA; it changes the base weights, and {why}: Default"
-            yield Problem((*path, "lora", "initialization"), text)
+def _head(stage: EffectiveStage) -> Iterator[Problem]:
+    tuning, path = stage.spec.tuning, stage.path("tuning")
     if stage.has_head and tuning.type not in SCORING:
         text = f"found {tuning.type}; peft trains no new head beside virtual tokens: {', '.join(SCORING)}"
         yield Problem((*path, "type"), text)
@@ -94,7 +87,6 @@ _WHY_NOT_MERGED = {
     "Freeze": f"Freeze {_WHOLE}",
     "Full": f"Full {_WHOLE}",
 }
-ADAPTERS = ("LoRA", "QLoRA", "DoRA", "IA3", "PromptTuning", "PrefixTuning")
 SCORING = ("LoRA", "QLoRA", "DoRA", "IA3", "Freeze", "Full")
 """What a model with a new head, for scores or classes, is tuned by."""
 _WHY_NOT_PARTITIONED = {

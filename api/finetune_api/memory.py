@@ -37,8 +37,12 @@ def memory(shape: ModelShape, request: Request, device: Device, placement: Place
 
 def terms(shape: ModelShape, request: Request, device: Device, placement: Placement) -> list[Term]:
     """What the estimate is the sum of."""
+    states = _states(shape, request, device, placement)
+    trained = next(term for term in states if term.name == "trained weights")
+    reference = [Term("reference", trained.bytes, f"{trained.why}: what is trained, as it was before")]
     return [
-        *_states(shape, request, device, placement),
+        *states,
+        *(reference if request.reference else ()),
         *_activations(shape, request, device, placement),
         Term("runtime", int(RUNTIME_BYTES[device.kind]), f"a process on {device.kind} before it has a model"),
     ]

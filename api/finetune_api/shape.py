@@ -56,6 +56,8 @@ class Request(ApiModel):
     """Rows of one example: two where a pair goes through the model together."""
     head: bool = False
     """Whether a head in place of the vocabulary reads the last token of a row: no logits for each token then."""
+    reference: bool = False
+    """Whether the first values of what is trained are kept beside it."""
     global_batch_size: Annotated[int, Field(ge=1)]
     micro_batch_size: Count = 0
     world_size: Annotated[int, Field(ge=1)]

@@ -6,12 +6,13 @@ from typing import Literal, NamedTuple
 
 from finetune_api.formats import kind_of
 from finetune_api.job import FineTuneJobSpec
+from finetune_api.method import Method
 from finetune_api.model import Path
 from finetune_api.stage import Generate, Stage
 
 STAGE_URI = "stage://"
 COMPARING = ("DPO", "KTO", "PPO", "GRPO")
-"""Methods that compare with the model as it was before, which is the one that their adapter is put upon."""
+"""Methods that compare with the model as it was before."""
 
 
 class EffectiveStage(NamedTuple):
@@ -77,7 +78,8 @@ def _spec(spec: FineTuneJobSpec, stage: Stage) -> FineTuneJobSpec:
     return spec.model_copy(
         update={
             "stages": [],
-            "method": stage.method or spec.method,
+            # What it writes more of are questions with answers.
+            "method": Method() if stage.generate else stage.method or spec.method,
             "tuning": stage.tuning or spec.tuning,
             "datasets": stage.datasets or spec.datasets,
             "training": stage.training.over(spec.training) if stage.training else spec.training,
@@ -116,7 +118,19 @@ def origin(stages: Sequence[EffectiveStage], number: int) -> Origin:
         return Origin(last.number, "Whole")
     # PiSSA's factors are written down as a LoRA of twice the rank: not what its tuning says.
     changed = last.spec.tuning.lora is not None and last.spec.tuning.lora.initialization == "PiSSA"
-    compares = this.spec.method.type in COMPARING
-    if last.spec.tuning == this.spec.tuning and not (this.has_head or changed or compares):
+    if last.spec.tuning == this.spec.tuning and not (this.has_head or changed):
         return Origin(last.number, "Carried")
     return Origin(last.number, "Merged")
+
+
+def keeps_reference(stages: Sequence[EffectiveStage], number: int) -> bool:
+    """Whether the first values of what is trained are kept beside it: its method compares with the model as it was, and
+    that is not the model with the adapter switched off."""
+    spec = stages[number].spec
+    if spec.method.type not in COMPARING:
+        return False
+    if not spec.tuning.is_adapter:
+        # A copy of the model is a high price for a distance that costs nothing.
+        return spec.method.type != "GRPO" or bool(spec.method.grpo and spec.method.grpo.beta)
+    pissa = spec.tuning.lora is not None and spec.tuning.lora.initialization == "PiSSA"
+    return pissa or spec.base_model.adapter_uri is not None or origin(stages, number).how == "Carried"

@@ -20,7 +20,7 @@ from finetune_api.model import quantity
 from finetune_api.profile import FineTuneProfile
 from finetune_api.run import PreparedSummary
 from finetune_api.sizing import Device, DoesNotFit, Request, Sizing, size
-from finetune_api.stages import EffectiveStage, effective
+from finetune_api.stages import EffectiveStage, effective, keeps_reference
 from finetune_operator import attempts as history
 from finetune_operator import manifests, status
 from finetune_operator.accept import Refusal, Subject, check, select_profile
@@ -273,10 +273,13 @@ def _start_text(job: FineTuneJob, attempt: Attempt) -> str:
 
 def sized(job: FineTuneJob, profile: FineTuneProfile, prepared: PreparedSummary) -> list[Sizing]:
     """One for each stage. Raises DoesNotFit."""
-    return [_sized(stage, profile, prepared) for stage in effective(job.spec)]
+    stages = effective(job.spec)
+    return [_sized(stage, profile, prepared, keeps_reference(stages, stage.number)) for stage in stages]
 
 
-def _sized(stage: EffectiveStage, profile: FineTuneProfile, prepared: PreparedSummary) -> Sizing:
+def _sized(
+    stage: EffectiveStage, profile: FineTuneProfile, prepared: PreparedSummary, reference: bool
+) -> Sizing:
     spec, accelerator = stage.spec, profile.spec.accelerator
     shape, max_tokens = prepared.model, prepared.max_tokens
     if prepared.stages:
@@ -292,6 +295,7 @@ def _sized(stage: EffectiveStage, profile: FineTuneProfile, prepared: PreparedSu
         sequence_length=longest,
         sequences=2 if kind_of(spec.method.type, spec.datasets) == "Pairs" else 1,
         head=stage.has_head,
+        reference=reference,
         global_batch_size=spec.training.global_batch_size,
         micro_batch_size=spec.training.micro_batch_size,
         world_size=manifests.devices(spec, profile.spec).world_size,

@@ -102,19 +102,9 @@ LABELLED = {"datasets": [{"name": "texts", "uri": "s3://data/texts.jsonl", "form
             "publish the adapter merged",
         ),
         (
-            {"method": {"type": "DPO"}, "baseModel": {"uri": "s3://models/b/", "adapterUri": "s3://models/a/"}},
+            {"method": {"type": "Reward"}, "baseModel": {"uri": "s3://models/b/", "adapterUri": "s3://models/a/"}},
             "spec.baseModel.adapterUri",
-            "publish the adapter merged",
-        ),
-        (
-            {"method": {"type": "DPO"}, "tuning": {"type": "Full"}},
-            "spec.tuning.type",
-            "which it finds by switching the adapter off: LoRA, QLoRA",
-        ),
-        (
-            {"method": {"type": "KTO"}, "tuning": {"type": "LoRA", "lora": {"initialization": "PiSSA"}}},
-            "spec.tuning.lora.initialization",
-            "KTO compares with the model as it was",
+            "Reward starts from a whole model; publish the adapter merged",
         ),
         (
             {"method": {"type": "Reward"}, "tuning": {"type": "PrefixTuning"}},

@@ -143,9 +143,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Reference:
-    """One of TRL's trainers on one batch, and ours on the same model: a LoRA that has learned something already."""
+    """One of TRL's trainers on one batch, and ours on the same model: a LoRA that has learned something already.
 
-    def __init__(self, method: str, options: dict[str, Any], tiny: Path, directory: Path) -> None:
+    Not `lora`: a whole model, which is TRL's reference still.
+    """
+
+    def __init__(
+        self, method: str, options: dict[str, Any], tiny: Path, directory: Path, lora: bool = True
+    ) -> None:
         from datasets import Dataset
         from peft import LoraConfig
         from tokenizers import Tokenizer, models, pre_tokenizers
@@ -185,7 +190,7 @@ class Reference:
             args=config(**(chosen | options)),
             train_dataset=Dataset.from_list(self.rows()),
             processing_class=tokenizer,
-            peft_config=adapter,
+            peft_config=adapter if lora else None,
         )
         self.trl.model.train()
         self.features = [self.trl.train_dataset[i] for i in range(len(self.trl.train_dataset))]

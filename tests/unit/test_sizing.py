@@ -8,6 +8,7 @@ from finetune_api.sizing import (
     ModelShape,
     Placement,
     Request,
+    Strategy,
     explain,
     memory,
     size,
@@ -111,6 +112,14 @@ def test_memory_falls_with_each_stage_and_grows_with_each_cost() -> None:
 def test_freezing_all_layers_never_trains_more_than_there_is() -> None:
     tuning = Tuning(type="Freeze", freeze=Freeze(trainable_layers=1000))
     assert trainable_parameters(SHAPE_8B, tuning) <= SHAPE_8B.parameters
+
+
+@pytest.mark.parametrize(("strategy", "bytes_each"), [("DDP", 4.0), ("ZeRO2", 2.0), ("ZeRO3", 2.0 / 8)])
+def test_a_reference_takes_as_much_as_what_is_trained(strategy: Strategy, bytes_each: float) -> None:
+    placement, full = Placement(strategy, 1, True), Tuning(type="Full")
+    without = memory(SHAPE_8B, request(tuning=full, world_size=8), gpu(80), placement)
+    kept = memory(SHAPE_8B, request(tuning=full, world_size=8, reference=True), gpu(80), placement)
+    assert kept - without == pytest.approx(bytes_each * SHAPE_8B.parameters, rel=1e-6)
 
 
 def test_a_head_needs_no_logits_for_each_token() -> None:

@@ -82,7 +82,7 @@ PISSA = {"type": "LoRA", "lora": {"initialization": "PiSSA"}}
 ORIGINS: list[tuple[str, list[dict[str, Any]], list[tuple[int | None, str]]]] = [
     ("carried", [{}, {}], [(None, "Base"), (0, "Carried")]),
     ("another tuning", [{}, {"tuning": LORA}], [(None, "Base"), (0, "Merged")]),
-    ("a method that compares", [{}, dpo()], [(None, "Base"), (0, "Merged")]),
+    ("a method that compares", [{}, dpo()], [(None, "Base"), (0, "Carried")]),
     ("full, then an adapter", [{"tuning": FULL}, {}], [(None, "Base"), (0, "Whole")]),
     ("an adapter, then full", [{}, {"tuning": FULL}], [(None, "Base"), (0, "Merged")]),
     ("full twice", [{"tuning": FULL}, {"tuning": FULL}], [(None, "Base"), (0, "Whole")]),

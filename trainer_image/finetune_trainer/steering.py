@@ -80,6 +80,7 @@ class Course:
         trainer, journal = self._trainer, self._journal
         if packed(self._config):
             model.assert_packing(trainer.model_wrapped, trainer.batches.flat, self._ranks.device)
+        trainer.begin()
         if self._resumed:
             state.restore(trainer, self._resumed.directory, self._resumed.saved)
             trainer.start_at(self._resumed.saved.step)

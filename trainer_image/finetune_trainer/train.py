@@ -21,6 +21,7 @@ from transformers.trainer_utils import set_seed
 from finetune_api.failures import FineTuneError, Reason, TerminationMessage, TrainingResult
 from finetune_api.run import RunConfig
 from finetune_api.sizing import Sizing
+from finetune_api.stages import keeps_reference
 from finetune_trainer import arguments, distributed, log, model, state, tuning
 from finetune_trainer.batches import Plan
 from finetune_trainer.between import prepare_between
@@ -34,6 +35,7 @@ from finetune_trainer.feed import load_data, micro_batches
 from finetune_trainer.forgetting import retained
 from finetune_trainer.journal import Journal
 from finetune_trainer.methods import make_trainer, task_of
+from finetune_trainer.methods.reference import FirstValues
 from finetune_trainer.outcome import failure_of, write_outcome
 from finetune_trainer.output import Trained, publish_output, publish_stage, save_output
 from finetune_trainer.report import Reporter
@@ -87,6 +89,8 @@ def train(run: StageRun, signals: Signals, reporter: Reporter, end: "End") -> No
     batches = micro_batches(data, config, ranks, sizing.micro_batch_size, flat=attention == "flash_attention_2")
     rewards = load_rewards(run, store, ranks) if spec.method.rollout else None
     trainer = make_trainer(spec.method, tuned, args, batches, rewards)
+    if keeps_reference(run.stages, run.number):
+        trainer.reference = FirstValues()
     evaluator = Evaluator(config, run.stage.name, start.model, data, ranks, store)
     course = Course(
         trainer,

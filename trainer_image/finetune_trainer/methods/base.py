@@ -6,6 +6,7 @@ changes what is learned.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from finetune_trainer.batches import Batch, MicroBatches
 from finetune_trainer.distributed import Ranks
 from finetune_trainer.evaluation.groups import Groups
+from finetune_trainer.methods.reference import Reference
 
 
 class MethodTrainer(Trainer):  # type: ignore[misc]
@@ -33,6 +35,8 @@ class MethodTrainer(Trainer):  # type: ignore[misc]
         """What a callback's `control.should_save` brings about. Collective."""
         self.evaluate_state: Callable[[], None] = lambda: None
         """The same of `control.should_evaluate`, which comes before it."""
+        self.reference: Reference | None = None
+        """The model as it was before, for a method that compares with it."""
 
     def measure(self, data: Any, ranks: Ranks, batch_size: int, groups: Groups) -> dict[str, float]:
         """Figures on held-out data of the kind that the method learns from, by name: of all of it and of each group.
@@ -50,6 +54,21 @@ class MethodTrainer(Trainer):  # type: ignore[misc]
     def confusion(self) -> Sequence[Sequence[int]]:
         """Of what was measured last, examples by class (outer) and by the class that the model took them for."""
         return ()
+
+    def begin(self) -> None:
+        """Once the model is wrapped, before anything is restored; for `on_train_begin`. Collective."""
+        if self.reference:
+            self.reference.begin(self)
+
+    @contextmanager
+    def as_reference(self) -> Iterator[Any]:
+        """The model as it was before, without dropout and without gradients. Collective under ZeRO-3."""
+        assert self.reference
+        was_training = self.model.training
+        self.model.eval()
+        with torch.no_grad(), self.reference.active():
+            yield self.model_wrapped
+        self.model.train(was_training)
 
     def start_at(self, step: int) -> None:
         """Continue after `step` optimizer steps; for `on_train_begin`."""

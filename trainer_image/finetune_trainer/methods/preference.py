@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +18,7 @@ from finetune_trainer.evaluation.loss import batches_of
 from finetune_trainer.logits import learned_logits
 from finetune_trainer.methods.base import MethodTrainer
 from finetune_trainer.methods.losses import row_log_probs
+from finetune_trainer.methods.reference import reference_of
 from finetune_trainer.preferences import collate_pairs
 from finetune_trainer.shards import Pairs
 
@@ -48,6 +48,7 @@ class PreferenceTrainer(MethodTrainer):
     def __init__(self, model: Any, args: TrainingArguments, batches: MicroBatches, method: Method) -> None:
         super().__init__(model, args, batches)
         self.method = method
+        self.reference = reference_of(model, keeps=False)
         self._tally = torch.zeros(TALLY, dtype=torch.float64)
 
     def scored(self, model: Any, batch: Batch) -> Scored:
@@ -76,15 +77,6 @@ class PreferenceTrainer(MethodTrainer):
             logs |= {"reward_margin": found["rewardMargin"], "preference_accuracy": found["preferenceAccuracy"]}
             self._tally.zero_()
         super().log(logs, start_time)
-
-    @contextmanager
-    def as_reference(self) -> Iterator[None]:
-        """The model as it was before: without its adapter, without dropout, without gradients."""
-        was_training = self.model.training
-        self.model.eval()
-        with torch.no_grad(), self.model.disable_adapter():
-            yield
-        self.model.train(was_training)
 
     def log_ratios(self, model: Any, input_ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Of each row's answer: log-probability less the reference's, and tokens; both (rows,)."""

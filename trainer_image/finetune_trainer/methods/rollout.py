@@ -23,6 +23,7 @@ from finetune_trainer.evaluation.groups import Groups
 from finetune_trainer.evaluation.loss import batches_of
 from finetune_trainer.logits import learned_logits
 from finetune_trainer.methods.base import MethodTrainer
+from finetune_trainer.methods.reference import reference_of
 from finetune_trainer.methods.sampling import Sampling, Tokens, draws, sample
 from finetune_trainer.prompting import PromptBatches
 from finetune_trainer.rewards import Rewards
@@ -58,6 +59,7 @@ class RolloutTrainer(MethodTrainer):
     ) -> None:
         super().__init__(model, args, batches)
         self.method, self.rewards = method, rewards
+        self.reference = reference_of(model, keeps=False)
         assert method.rollout
         self.sampling = sampling_of(model, method.rollout, rewards.ends(model))
         self._rollout: Rollout | None = None
@@ -138,12 +140,7 @@ class RolloutTrainer(MethodTrainer):
 
     @property
     def has_reference(self) -> bool:
-        return hasattr(self.model, "disable_adapter")
-
-    @contextmanager
-    def as_reference(self) -> Iterator[Any]:
-        with torch.no_grad(), self.model.disable_adapter():
-            yield self.model_wrapped
+        return self.reference is not None
 
     def note_drift(self, part: Answered, drift: torch.Tensor) -> None:
         """`drift`: (tokens,) log-probability less the reference's; for the figures."""
