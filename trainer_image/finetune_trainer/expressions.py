@@ -8,13 +8,16 @@ longer than a few passes over the text, or reaches an object that is not a text,
 import math
 import re
 import string
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, Undefined, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from finetune_api.failures import FineTuneError, Reason
+from finetune_api.method import Method, RewardExpression
 
 VARIABLES = ("prompt", "completion", "reference")
 FILTERS = (
@@ -160,12 +163,33 @@ def _number(value: Any) -> float:
     return float(value)
 
 
-def compiled(sources: Iterable[tuple[str, str]]) -> dict[str, Expression]:
-    """By name. Raises BadExpression with the name in front."""
-    found: dict[str, Expression] = {}
-    for name, source in sources:
+Weighted = tuple[RewardExpression, Expression]
+
+
+def compiled(rewards: Sequence[RewardExpression]) -> list[Weighted]:
+    """Raises InvalidSpec."""
+    found = []
+    for place, reward in enumerate(rewards):
         try:
-            found[name] = Expression(source)
+            found.append((reward, Expression(reward.expression)))
         except BadExpression as error:
-            raise BadExpression(f"{name}: {error}") from error
+            raise _invalid(reward, place, error) from error
     return found
+
+
+def evaluated(expression: Weighted, place: int, prompt: str, completion: str, reference: str | None) -> float:
+    """Times its weight. Raises InvalidSpec."""
+    reward, value = expression
+    try:
+        return reward.weight * value(prompt, completion, reference)
+    except BadExpression as error:
+        raise _invalid(reward, place, error) from error
+
+
+def _invalid(reward: RewardExpression, place: int, error: BadExpression) -> FineTuneError:
+    field = f"spec.method.grpo.rewards[{place}].expression"
+    return FineTuneError(Reason.INVALID_SPEC, f"{field} ({reward.name}): found `{reward.expression}`; {error}")
+
+
+def expressions_of(method: Method) -> list[RewardExpression]:
+    return list(method.grpo.rewards) if method.type == "GRPO" and method.grpo else []

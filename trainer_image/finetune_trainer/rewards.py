@@ -1,29 +1,27 @@
 """What an answer is worth: the score of a reward model, and the manifest's own expressions."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from finetune_api.failures import FineTuneError, Reason
-from finetune_api.method import Method, RewardExpression
-from finetune_api.stages import reward_stage
-from finetune_trainer.distributed import Ranks
-from finetune_trainer.expressions import BadExpression, Expression
-from finetune_trainer.model import attention_of, dtype_of
-from finetune_trainer.reward_model import RewardModel
-from finetune_trainer.start import StageRun, Start, make_result_ready, result_of
-from finetune_trainer.storage import Store
+from finetune_api.method import RewardExpression
+from finetune_trainer.expressions import compiled, evaluated
 
 Tokens = Sequence[int] | np.ndarray[Any, Any]
+
+
+class Judge(Protocol):
+    def score(self, rows: Sequence[Tokens]) -> torch.Tensor:
+        """(rows,) in float64: what each row of tokens, prompt and answer, is worth. Not collective."""
 
 
 class Rewards:
     """The sum of the reward model's score and the expressions' values, each times its weight."""
 
-    def __init__(self, tokenizer: Tokenizer, rewards: Sequence[RewardExpression], model: RewardModel | None) -> None:
+    def __init__(self, tokenizer: Tokenizer, rewards: Sequence[RewardExpression], model: Judge | None) -> None:
         """Raises InvalidSpec where an expression cannot be compiled."""
         self._tokenizer, self._model = tokenizer, model
         self._expressions = compiled(rewards)
@@ -56,57 +54,3 @@ class Rewards:
 
     def _text(self, tokens: Tokens) -> str:
         return str(self._tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True))
-
-
-Weighted = tuple[RewardExpression, Expression]
-
-
-def compiled(rewards: Sequence[RewardExpression]) -> list[Weighted]:
-    """Raises InvalidSpec."""
-    found = []
-    for place, reward in enumerate(rewards):
-        try:
-            found.append((reward, Expression(reward.expression)))
-        except BadExpression as error:
-            raise _invalid(reward, place, error) from error
-    return found
-
-
-def evaluated(expression: Weighted, place: int, prompt: str, completion: str, reference: str | None) -> float:
-    """Times its weight. Raises InvalidSpec."""
-    reward, value = expression
-    try:
-        return reward.weight * value(prompt, completion, reference)
-    except BadExpression as error:
-        raise _invalid(reward, place, error) from error
-
-
-def _invalid(reward: RewardExpression, place: int, error: BadExpression) -> FineTuneError:
-    field = f"spec.method.grpo.rewards[{place}].expression"
-    return FineTuneError(Reason.INVALID_SPEC, f"{field} ({reward.name}): found `{reward.expression}`; {error}")
-
-
-def load_rewards(run: StageRun, store: Store, ranks: Ranks) -> Rewards:
-    """Of the stage that is trained. Collective: one rank of each pod fetches an earlier stage's reward model."""
-    spec, devices, judged_by = run.stage.spec, run.config.devices, reward_stage(run.stages, run.number)
-    if judged_by is not None and ranks.local_rank == 0:
-        make_result_ready(store, run.job, run.work, run.stages, judged_by)
-    ranks.barrier()
-    judge, dtype = judge_of(run), dtype_of(spec, devices)
-    model = RewardModel(judge, dtype, attention_of(dtype, devices), ranks.device) if judge else None
-    tokenizer = Tokenizer.from_file(str(run.start.model / "tokenizer.json"))
-    return Rewards(tokenizer, expressions_of(spec.method), model)
-
-
-def judge_of(run: StageRun) -> Start | None:
-    """The reward model that the stage names, else that of the Reward stage before it."""
-    rollout, work = run.stage.spec.method.rollout, run.work
-    if rollout and rollout.reward_model:
-        is_adapter = (work.reward_model / "adapter_config.json").exists()
-        return Start(work.model, work.reward_model) if is_adapter else Start(work.reward_model, None)
-    stage = reward_stage(run.stages, run.number)
-    return None if stage is None else result_of(work, run.stages, stage)
-
-
-def expressions_of(method: Method) -> list[RewardExpression]:
-    return list(method.grpo.rewards) if method.type == "GRPO" and method.grpo else []

@@ -39,7 +39,7 @@ from finetune_trainer.methods.reference import FirstValues
 from finetune_trainer.outcome import failure_of, write_outcome
 from finetune_trainer.output import Trained, publish_output, publish_stage, save_output
 from finetune_trainer.report import Reporter
-from finetune_trainer.rewards import load_rewards
+from finetune_trainer.reward_model import load_rewards
 from finetune_trainer.runconfig import read_config
 from finetune_trainer.start import StageRun
 from finetune_trainer.steering import Course
