@@ -277,9 +277,7 @@ def sized(job: FineTuneJob, profile: FineTuneProfile, prepared: PreparedSummary)
     return [_sized(stage, profile, prepared, keeps_reference(stages, stage.number)) for stage in stages]
 
 
-def _sized(
-    stage: EffectiveStage, profile: FineTuneProfile, prepared: PreparedSummary, reference: bool
-) -> Sizing:
+def _sized(stage: EffectiveStage, profile: FineTuneProfile, prepared: PreparedSummary, reference: bool) -> Sizing:
     spec, accelerator = stage.spec, profile.spec.accelerator
     shape, max_tokens = prepared.model, prepared.max_tokens
     if prepared.stages:

@@ -148,9 +148,7 @@ class Reference:
     Not `lora`: a whole model, which is TRL's reference still.
     """
 
-    def __init__(
-        self, method: str, options: dict[str, Any], tiny: Path, directory: Path, lora: bool = True
-    ) -> None:
+    def __init__(self, method: str, options: dict[str, Any], tiny: Path, directory: Path, lora: bool = True) -> None:
         from datasets import Dataset
         from peft import LoraConfig
         from tokenizers import Tokenizer, models, pre_tokenizers

@@ -17,7 +17,16 @@ from finetune_trainer.distributed import Ranks
 from finetune_trainer.journal import Journal
 from finetune_trainer.report import Reporter
 
-FIGURES = ("loss", "learning_rate", "grad_norm", "reward_margin", "preference_accuracy", "reward", "kl", "answer_tokens")
+FIGURES = (
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "reward_margin",
+    "preference_accuracy",
+    "reward",
+    "kl",
+    "answer_tokens",
+)
 """What the Trainer logs at a step that is kept and reported."""
 
 

@@ -1,8 +1,8 @@
 """What PPO, GRPO and RLOO share: the model answers prompts, the answers are scored, and it learns from them.
 
 One batch of answers serves several optimizer steps (`Plan.repeats`). Which prompts, and the random numbers that each
-answer is sampled with, depend on (data, seed, step, place in the batch) alone. A run that is resumed between two steps on
-the same answers writes them anew, with the model as it is then.
+answer is sampled with, depend on (data, seed, step, place in the batch) alone. A run that is resumed between two steps
+on the same answers writes them anew, with the model as it is then.
 """
 
 from collections.abc import Iterator, Sequence
