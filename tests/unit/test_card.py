@@ -64,6 +64,25 @@ def test_without_a_logged_step() -> None:
     assert "Nothing was logged." in make_card(None, [])
 
 
+def test_the_mix_that_was_seen_stands_beside_the_planned_one() -> None:
+    metrics = {"plannedShare.a": 0.75, "plannedShare.b": 0.25, "trainRows.a": 30.0, "trainRows.b": 10.0}
+    card = make_card(metrics | {"trainTokens.a": 900.0, "trainTokens.b": 1100.0})
+    assert "| Dataset | Planned share | Share | Rows | Tokens |" in card
+    assert "| a | 75.0% | 75.0% | 30 | 900 |" in card
+    assert "| b | 25.0% | 25.0% | 10 | 1,100 |" in card
+    assert "Planned share" not in make_card()
+
+
+def test_what_stopped_early_says_whose_weights_it_has_and_what_went_wrong() -> None:
+    values = [(10, 2.0, 1.5), (20, 1.5, 1.2), (30, 1.0, 1.4), (40, 0.8, 1.6)]
+    history = [{"step": float(step), "loss": loss, "eval_loss": held} for step, loss, held in values]
+    card = make_card({"bestStep": 20.0}, history, training={"earlyStopping": {}}, validation={"fraction": 0.1})
+    assert "| Weights | of step 20, the best by eval_loss; training ended after step 40 |" in card
+    assert "| 20 | 1.2000 |" in card
+    assert "Over-fitting: training falls, validation rises since step 20." in card
+    assert "Over-fitting" not in make_card()
+
+
 @pytest.mark.parametrize(
     ("method", "words"),
     [

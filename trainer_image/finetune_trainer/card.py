@@ -5,12 +5,15 @@ from collections.abc import Callable, Mapping, Sequence
 
 from finetune_api.stages import EffectiveStage
 from finetune_trainer import facts as told
+from finetune_trainer.curves import overfitting
 from finetune_trainer.facts import Facts
 from finetune_trainer.results import StageEnd
 from finetune_trainer.usage import snippet
 
 POINTS = 12
 """Rows of the loss table."""
+MOST_EVALUATIONS = 30
+"""Rows of the table of validation losses."""
 GROUPS = 60
 """Rows of datasets and slices; the report has all."""
 BARS = "▁▂▃▄▅▆▇█"
@@ -118,7 +121,10 @@ def _of_stages(facts: Facts, part: Part) -> str:
 
 
 def _training(facts: Facts, stage: EffectiveStage, course: StageEnd) -> str:
-    return _table(["", ""], told.training_rows(facts, stage, course))
+    text = _table(["", ""], told.training_rows(facts, stage, course))
+    if rows := told.mix_rows(course):
+        text += "\n\nWhat each dataset gave, as often as it was learned:\n\n" + _table(told.MIX_HEAD, rows)
+    return text
 
 
 def _loss(facts: Facts, stage: EffectiveStage, course: StageEnd) -> str:
@@ -129,4 +135,10 @@ def _loss(facts: Facts, stage: EffectiveStage, course: StageEnd) -> str:
     chosen = sorted({round(i * (len(points) - 1) / max(1, count - 1)) for i in range(count)})
     rows = [[f"{points[i][0]:,}", f"{points[i][1]:.4f}"] for i in chosen]
     line = sparkline([loss for _, loss in points])
-    return (f"`{line}`\n\n" if line else "") + _table(["Step", "Training loss"], rows)
+    text = (f"`{line}`\n\n" if line else "") + _table(["Step", "Training loss"], rows)
+    held = [[f"{int(e['step']):,}", f"{e['eval_loss']:.4f}"] for e in course.history if "eval_loss" in e]
+    if held:
+        # All of them, where they are few: the turn of the curve is what one looks for.
+        text += "\n\n" + _table(["Step", "Validation loss"], held[:: -(-len(held) // MOST_EVALUATIONS)])
+    warning = overfitting(course.history)
+    return f"{text}\n\nOver-fitting: {warning}." if warning else text

@@ -10,6 +10,7 @@ from finetune_api.method import DPO, GRPO, KTO, ORPO, PPO, SFT, Method, Reward
 from finetune_api.run import RunConfig
 from finetune_api.sizing import Sizing
 from finetune_api.stages import EffectiveStage
+from finetune_api.training import Training
 from finetune_api.tuning import Freeze, LoRA, Tuning
 from finetune_trainer.evaluation.samples import Sample
 from finetune_trainer.results import StageEnd
@@ -252,7 +253,37 @@ def training_rows(facts: Facts, stage: EffectiveStage, course: StageEnd) -> Rows
         ["Processes", f"{devices.world_size} ({devices.kind}){_strategy(sizing)}"],
         ["Time", f"{course.seconds:,.0f} s of training"],
     ]
+    if "bestStep" in course.metrics:
+        rows.insert(3, ["Weights", _weights(training, course, steps)])
     return ([["Starts from", course.origin]] if course.origin else []) + rows
+
+
+def _weights(training: Training, course: StageEnd, steps: int) -> str:
+    """Of early stopping: whose weights they are."""
+    best = int(course.metrics["bestStep"])
+    metric = training.early_stopping.metric if training.early_stopping else ""
+    ended = f"; training ended after step {steps:,}" if steps > best else ""
+    return f"of step {best:,}, the best by {metric}{ended}"
+
+
+MIX_HEAD = ["Dataset", "Planned share", "Share", "Rows", "Tokens"]
+
+
+def mix_rows(course: StageEnd) -> Rows:
+    """Below MIX_HEAD: what each dataset was to give of the rows that were learned, and what it gave."""
+    prefix, found = "trainRows.", course.metrics
+    rows = {name.removeprefix(prefix): count for name, count in found.items() if name.startswith(prefix)}
+    total = sum(rows.values()) or 1.0
+    return [
+        [
+            name,
+            f"{found.get(f'plannedShare.{name}', 0.0):.1%}",
+            f"{count / total:.1%}",
+            f"{int(count):,}",
+            f"{int(found.get(f'trainTokens.{name}', 0)):,}",
+        ]
+        for name, count in rows.items()
+    ]
 
 
 def _strategy(sizing: Sizing | None) -> str:

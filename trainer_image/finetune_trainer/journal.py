@@ -16,6 +16,7 @@ class Journal:
         self.history: list[dict[str, float]] = [dict(entry) for entry in saved.history] if saved else []
         self.before: dict[str, float] = dict(saved.before) if saved else {}
         self.mix = Mix(plan, datasets, saved.seen if saved else None)
+        self._planned = mix.planned(plan, datasets)
         self.first_step = self.step = saved.step if saved else 0
         self.sound: int | None = saved.sound if saved else None
         """The newest step with a checkpoint that was saved while nothing was suspicious."""
@@ -83,7 +84,7 @@ class Journal:
             "tokensPerSecond": round(self.tokens / max(1e-9, self.seconds), 1),
         }
         best = {"bestStep": float(self.best_step)} if self.best_step is not None else {}
-        return loss | whole | counts | best
+        return loss | whole | counts | self._planned | best
 
     def remaining_seconds(self, total_steps: int) -> float | None:
         """By this attempt's own steps."""
