@@ -252,8 +252,9 @@ def punch(path: Path, start: int, stop: int) -> None:
 
 def _refuse_whole(path: Path) -> None:
     """Before training, not when the disk is full."""
+    start = shards.byte_of(path, 0)
     try:
-        punch(path, 0, 1)
+        punch(path, start, start + 1)
     except OSError as error:
         raise FineTuneError(
             Reason.DOES_NOT_FIT,
