@@ -117,6 +117,8 @@ class StageRun:
 def _steps(stage: EffectiveStage, index: Path) -> int:
     """About as many as it trains: packed rows are counted as if they were full."""
     training, sft = stage.spec.training, stage.spec.method.sft
+    if stage.generate:
+        return max(1, stage.generate.count // training.global_batch_size)
     if training.max_steps or not index.exists():
         # What an earlier stage writes is not there yet.
         return training.max_steps or 1

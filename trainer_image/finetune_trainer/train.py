@@ -44,6 +44,7 @@ from finetune_trainer.runconfig import read_config
 from finetune_trainer.start import StageRun
 from finetune_trainer.steering import Course
 from finetune_trainer.storage import Store
+from finetune_trainer.synthesis.write import generate
 from finetune_trainer.workdir import WorkDir
 
 
@@ -196,7 +197,11 @@ def main() -> int:
     os.environ["DISABLE_KUBEFLOW_INTEGRATION"] = "TRUE"
     reporter = Reporter.from_env(enabled=rank == 0)
     try:
-        train(StageRun(read_config(), number, work.root), Signals(), reporter, end)
+        run, signals = StageRun(read_config(), number, work.root), Signals()
+        if run.stage.generate:
+            generate(run, signals, reporter)
+        else:
+            train(run, signals, reporter, end)
     except Exception as error:
         if not isinstance(error, FineTuneError):
             traceback.print_exc()

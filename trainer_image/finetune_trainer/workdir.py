@@ -9,6 +9,7 @@ data/index.json           finetune_api.run.PreparedData
 data/<Shard.key>          every shard under its key
 checkpoints/step-…/       checkpoints, being written or being resumed
 output/                   what is published
+teachers/<name>/          the model that a stage which generates asks, where that is another one
 outcomes/rank-<r>.json    how rank r ended
 finished                  how many stages were finished by earlier attempts
 stages/<name>/            the result of a stage that is finished
@@ -60,6 +61,10 @@ class WorkDir:
     @property
     def output(self) -> Path:
         return self.root / "output" / self.stage
+
+    @property
+    def teacher(self) -> Path:
+        return self.root / "teachers" / self.stage
 
     def of_stage(self, name: str) -> "WorkDir":
         return WorkDir(self.root, name)

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from rapidfuzz.distance import Indel
 from rapidfuzz.process import extractOne
@@ -22,6 +22,11 @@ class Filters:
         self._known = [words(text) for text in existing]
         self.dropped: Counter[str] = Counter()
         """Rows left out, by cause: unreadable, length, similar, score."""
+
+    def resume(self, kept: Iterable[str], dropped: Mapping[str, int]) -> None:
+        """What was decided before: instructions that were kept, and rows left out by cause."""
+        self._known += [words(text) for text in kept]
+        self.dropped.update(dropped)
 
     def keep(self, pair: Pair | None, score: float) -> bool:
         """`score`: the mean log-probability per token that the model gave what it wrote."""

@@ -1,0 +1,157 @@
+"""A stage that generates: a model that knows the manner writes rows, and the next stage learns them."""
+
+import itertools
+import json
+import random
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_api.failures import Reason
+from finetune_trainer.synthesis.requests import PREAMBLE, Pair, opening, request
+from support.s3 import S3, running_s3
+from support.staging import StagedJob, jsonl, make_staged_job
+from support.teaching import GOOD
+from support.tiny import make_tiny_model
+from support.warm import warm_start
+
+pytestmark = pytest.mark.integration
+PAIRS = [Pair(f"Repeat {one} {two}", f"{one} {two}") for one, two in itertools.permutations(GOOD, 2)]
+KNOWN = PAIRS[::4]
+"""What the user has; the rest is for the model to find."""
+GENERATE = {"count": 10, "shots": 1, "maxNewTokens": 40, "temperature": 1.0, "maxSimilarity": 0.9}
+SEEDS = [{"name": "known", "uri": "s3://bucket/data/known.jsonl"}]
+ROWS = [{"name": "more", "uri": "stage://more"}]
+
+
+def make_writer(directory: Path) -> Path:
+    """A tiny model that has learned by heart how a list of tasks with their answers goes on."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    shown = [request(PAIRS, number, 2, 0) for number in range(400)]
+    texts = [f"{PREAMBLE}{one.text}{opening(one)}" for one in shown]
+    make_tiny_model(directory, vocab_text="\n".join(texts[:40]), vocab_size=400, hidden=64, max_positions=256)
+    tokenizer, model = AutoTokenizer.from_pretrained(directory), AutoModelForCausalLM.from_pretrained(directory)
+    rows = [torch.tensor(tokenizer.encode(text)) for text in texts]
+    optimizer, choose = torch.optim.AdamW(model.parameters(), lr=4e-3), random.Random(0)
+    torch.manual_seed(0)
+    for _ in range(150):
+        batch = torch.nn.utils.rnn.pad_sequence(choose.sample(rows, 16), batch_first=True, padding_value=-100)
+        loss = model(input_ids=batch.clamp(min=0), labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def warm() -> Iterator[dict[str, str]]:
+    with warm_start() as variables:
+        yield variables
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    writer = make_writer(tmp_path_factory.mktemp("writer"))
+    pupil = make_tiny_model(tmp_path_factory.mktemp("pupil"), vocab_text=" ".join(GOOD), max_positions=256)
+    with running_s3() as server:
+        for name, folder in (("tiny", writer), ("pupil", pupil)):
+            for path in folder.iterdir():
+                server.put(f"s3://bucket/models/{name}/{path.name}", path.read_bytes())
+        rows = [{"prompt": pair.instruction, "completion": f" {pair.answer}"} for pair in KNOWN]
+        server.put("s3://bucket/data/known.jsonl", jsonl(rows))
+        yield server
+
+
+def job_of(directory: Path, s3: S3, warm: dict[str, str], name: str, workers: int = 1, **fields: Any) -> StagedJob:
+    generate = GENERATE | fields.pop("generate", {})
+    stages = [{"name": "more", "datasets": SEEDS, "generate": generate}, {"name": "learn", "datasets": ROWS}]
+    training = {"globalBatchSize": 4, "maxSteps": 3, "learningRate": 0.01, "maxLength": 64}
+    options = {"validation": None, "training": training, "dataPolicy": {"similarity": 1}} | fields
+    chosen = {key: value for key, value in options.items() if value is not None}
+    return make_staged_job(directory, s3, warm, name, stages, workers=workers, micro_batch=2, **chosen)
+
+
+def written(job: StagedJob) -> list[dict[str, Any]]:
+    data = job.s3.get(job.config.scratch_uri + "stages/more/rows.jsonl").decode()
+    return [json.loads(line) for line in data.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def alone(s3: S3, warm: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> StagedJob:
+    """By one worker; finished."""
+    job = job_of(tmp_path_factory.mktemp("alone"), s3, warm, "alone")
+    assert job.prepare().reason is None
+    job.run()
+    return job
+
+
+def test_rows_are_new_say_where_they_come_from_and_are_learned(alone: StagedJob) -> None:
+    rows = written(alone)
+    assert len(rows) == GENERATE["count"]
+    known = {pair.instruction for pair in KNOWN}
+    assert not known & {row["instruction"] for row in rows}
+    assert len({row["instruction"] for row in rows}) == len(rows)
+    for row in rows:
+        assert set(row["source"]) == {"stage", "model", "request", "seeds"}
+        assert -10 < row["score"] < 0
+    report = json.loads(alone.s3.get(alone.config.scratch_uri + "data/learn/data-report.json"))
+    assert [(d["name"], d["format"], d["read"]) for d in report["datasets"]] == [("more", "Instruction", len(rows))]
+    uri = f"{alone.config.output_uri}attempt-0/manifest.json"
+    metrics = json.loads(alone.s3.get(uri))["run"]["metrics"]
+    assert metrics["more/rowsKept"] == len(rows)
+    assert metrics["more/requests"] == 1 + max(row["source"]["request"] for row in rows)
+    assert "learn/trainLoss" in metrics
+
+
+def test_two_workers_write_the_same_rows_and_so_does_a_teacher(
+    alone: StagedJob, s3: S3, warm: dict[str, str], tmp_path: Path
+) -> None:
+    teacher = {"teacher": {"uri": "s3://bucket/models/tiny/"}}
+    pupil = {"uri": "s3://bucket/models/pupil/"}
+    job = job_of(tmp_path, s3, warm, "taught", workers=2, generate=teacher, baseModel=pupil)
+    assert job.prepare().reason is None
+    job.run()
+    one, two = written(alone), written(job)
+    assert [(row["instruction"], row["output"]) for row in one] == [(row["instruction"], row["output"]) for row in two]
+    assert [row["score"] for row in one] == pytest.approx([row["score"] for row in two], abs=1e-3)
+    assert {row["source"]["model"] for row in two} == {"s3://bucket/models/tiny/"}
+
+
+def test_a_stage_that_is_interrupted_goes_on_where_it_was(
+    alone: StagedJob, s3: S3, warm: dict[str, str], tmp_path: Path
+) -> None:
+    job = job_of(tmp_path, s3, warm, "interrupted")
+    assert job.prepare().reason is None
+    attempt = job.start()
+    attempt.until(lambda: any(event.get("phase") == "Training" for event in attempt.events("phase")))
+    attempt.processes[0].send_signal(signal.SIGTERM)
+    (message,) = attempt.wait()
+    assert message.reason == Reason.PREEMPTED, attempt.log()
+    again = job.start()
+    again.done()
+    assert again.events("rows found")
+    assert [row["instruction"] for row in written(job)] == [row["instruction"] for row in written(alone)]
+    assert not job.keys("stages/more-partial")
+
+
+def test_a_model_that_cannot_write_rows_is_told_of(s3: S3, warm: dict[str, str], tmp_path: Path) -> None:
+    job = job_of(
+        tmp_path,
+        s3,
+        warm,
+        "dumb",
+        generate={"count": 1, "maxNewTokens": 4},
+        baseModel={"uri": "s3://bucket/models/pupil/"},
+    )
+    assert job.prepare().reason is None
+    (message,) = job.start().wait()
+    assert message.reason == Reason.DATA_INVALID
+    expected = r"spec.stages\[0\].generate: none of \d+ answers passed the filters \(\d+ unreadable\)"
+    assert re.match(expected, message.message), message.message
