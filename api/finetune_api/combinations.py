@@ -25,6 +25,9 @@ def problems(stage: EffectiveStage) -> Iterator[Problem]:
     if stage.has_head and method.sft and method.sft.packing:
         text = "found true; a class is of a whole row, so each row of Labelled data holds one text"
         yield Problem((*stage.path("method"), "sft", "packing"), text)
+    if stage.has_head and method.sft and method.sft.loss != "Completion":
+        text = f"found {method.sft.loss}; of Labelled data classes are learned, not tokens: leave it out"
+        yield Problem((*stage.path("method"), "sft", "loss"), text)
     yield from _head(stage)
     yield from _earlier_adapter(stage)
     yield from _evaluation(stage)

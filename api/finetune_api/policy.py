@@ -26,6 +26,10 @@ def _not_allowed(job: FineTuneJob, profile: FineTuneProfile) -> Iterator[Problem
     gpus = workers * spec.distribution.gpus_per_worker
     if limits.max_gpus and gpus > limits.max_gpus:
         yield refuse(("spec", "distribution"), gpus, f"at most {limits.max_gpus} as workers x gpusPerWorker")
+    if spec.base_model.dtype == "Float16" and rules.accelerator is None:
+        path, name = ("spec", "baseModel", "dtype"), profile.metadata.name
+        text = f"found Float16; profile {name!r} has no accelerators, and CPUs train in Float32 or BFloat16 (or Auto)"
+        yield Problem(path, text)
     longest, deadline = limits.max_active_deadline_seconds, spec.run_policy.active_deadline_seconds
     if longest and deadline and deadline > longest:
         yield refuse(("spec", "runPolicy", "activeDeadlineSeconds"), deadline, f"at most {longest}")

@@ -132,6 +132,36 @@ LABELLED = {"datasets": [{"name": "texts", "uri": "s3://data/texts.jsonl", "form
             "at least 2",
         ),
         (
+            LABELLED | {"method": {"type": "SFT", "sft": {"loss": "All"}}},
+            "spec.method.sft.loss",
+            "classes are learned, not tokens",
+        ),
+        (
+            {"training": {"globalBatchSize": 10}, "distribution": {"workers": 2, "gpusPerWorker": 2}},
+            "spec.training.globalBatchSize",
+            "a multiple of the 4 processes (workers x gpusPerWorker), for example 8",
+        ),
+        (
+            {"training": {"globalBatchSize": 16, "microBatchSize": 3}, "distribution": {"workers": 2}},
+            "spec.training.microBatchSize",
+            "must divide the 8 examples that each process takes",
+        ),
+        (
+            {"distribution": {"strategy": "ZeRO2"}},
+            "spec.distribution.strategy",
+            "one process has none to share with",
+        ),
+        (
+            {"distribution": {"workers": 2, "strategy": "DDP", "offload": "Optimizer"}},
+            "spec.distribution.offload",
+            "strategy DDP cannot offload it: ZeRO2 or ZeRO3 (or Auto)",
+        ),
+        (
+            {"tuning": {"type": "QLoRA"}, "distribution": {"offload": "Optimizer"}},
+            "spec.distribution.offload",
+            "QLoRA trains under DDP, which cannot offload it",
+        ),
+        (
             {"tuning": {"type": "Full"}, "output": {"uri": "s3://out-bucket/", "merged": True}},
             "spec.output.merged",
             "a whole model is published in any case",

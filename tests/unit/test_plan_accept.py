@@ -89,8 +89,8 @@ def test_the_default_profile(profiles: list[Any], expected: str | None) -> None:
     ("job", "profile", "message"),
     [
         ({}, {"allowedNamespaces": ["team-b"]}, "metadata.namespace: found 'team-a'"),
-        ({"distribution": {"workers": 3}}, {"limits": {"maxWorkers": 2}}, "spec.distribution.workers: found 3"),
-        ({"distribution": {"gpusPerWorker": 9}}, {"limits": {"maxGPUs": 8}}, "spec.distribution: found 9"),
+        ({"distribution": {"workers": 4}}, {"limits": {"maxWorkers": 2}}, "spec.distribution.workers: found 4"),
+        ({"distribution": {"gpusPerWorker": 16}}, {"limits": {"maxGPUs": 8}}, "spec.distribution: found 16"),
         (
             {"runPolicy": {"activeDeadlineSeconds": 9}},
             {"limits": {"maxActiveDeadlineSeconds": 8}},
@@ -100,6 +100,11 @@ def test_the_default_profile(profiles: list[Any], expected: str | None) -> None:
             {"credentials": {"serviceAccountName": "admin"}},
             {"serviceAccounts": ["tuner"]},
             "spec.credentials.serviceAccountName: found 'admin'; profile 'laptop' allows tuner",
+        ),
+        (
+            {"baseModel": {"uri": "s3://models/tiny/", "dtype": "Float16"}},
+            {},
+            "spec.baseModel.dtype: found Float16; profile 'laptop' has no accelerators",
         ),
         ({"credentials": {"serviceAccountName": "tuner"}}, {"serviceAccounts": ["tuner"]}, None),
         ({}, {"allowedNamespaces": ["team-a"], "limits": {"maxWorkers": 1, "maxGPUs": 1}}, None),
@@ -120,7 +125,7 @@ def test_limits_of_the_profile(job: Any, profile: Any, message: str | None) -> N
 
 
 async def test_what_the_profile_forbids_is_final() -> None:
-    world = World(make_job().with_spec(distribution={"workers": 3}).build())
+    world = World(make_job().with_spec(distribution={"workers": 4}).build())
     world.profiles = [make_profile(limits={"maxWorkers": 2})]
     await world.settle()
     assert (world.state, world.created) == ("Failed", [])

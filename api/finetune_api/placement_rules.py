@@ -1,0 +1,46 @@
+"""Batches, strategies and offloading that cannot be had with a stage's processes and tuning: said before it is sized"""
+
+from collections.abc import Iterator
+
+from finetune_api.model import Problem
+from finetune_api.sizing import ALL_STRATEGIES, OFFLOADING, STRATEGIES
+from finetune_api.stages import EffectiveStage
+
+
+def problems(stage: EffectiveStage) -> Iterator[Problem]:
+    if stage.generate is None:
+        yield from _batches(stage)
+        yield from _strategy(stage)
+
+
+def _batches(stage: EffectiveStage) -> Iterator[Problem]:
+    training, distribution = stage.spec.training, stage.spec.distribution
+    processes = distribution.workers * distribution.gpus_per_worker
+    per_process, rest = divmod(training.global_batch_size, processes)
+    path = stage.path("training")
+    if rest:
+        text = f"found {training.global_batch_size}; it must be a multiple of the {processes} processes"
+        example = max(1, per_process) * processes
+        yield Problem((*path, "globalBatchSize"), f"{text} (workers x gpusPerWorker), for example {example}")
+    elif training.micro_batch_size and per_process % training.micro_batch_size:
+        text = f"found {training.micro_batch_size}; it must divide the {per_process} examples that each process takes"
+        yield Problem((*path, "microBatchSize"), f"{text} of a global batch of {training.global_batch_size}")
+
+
+def _strategy(stage: EffectiveStage) -> Iterator[Problem]:
+    tuning, distribution = stage.spec.tuning, stage.spec.distribution
+    wanted, offload = distribution.strategy, distribution.offload
+    possible = STRATEGIES.get(tuning.type, ALL_STRATEGIES)
+    if wanted not in ("Auto", *possible):
+        return  # told by `combinations`
+    if offload not in ("None", "Auto"):
+        able = [strategy for strategy in OFFLOADING[offload] if strategy in possible]
+        if not able:
+            text = f"found {offload}; {tuning.type} trains under {' or '.join(possible)}, which cannot offload it: None"
+            yield Problem(("spec", "distribution", "offload"), text)
+        elif wanted not in ("Auto", *able):
+            text = f"found {offload}; strategy {wanted} cannot offload it: {' or '.join(able)} (or Auto)"
+            yield Problem(("spec", "distribution", "offload"), text)
+    elif offload == "None" and wanted.startswith("ZeRO") and distribution.workers * distribution.gpus_per_worker == 1:
+        text = f"found {wanted}; one process has none to share with: DDP (or Auto), more workers, or offload"
+        yield Problem(("spec", "distribution", "strategy"), text)
