@@ -6,18 +6,21 @@ from typing import Any
 
 from support.teaching import BAD, GOOD
 
+CHANGED = 1e-3
 QUESTIONS = [f"Number {number}: which words of {GOOD[number % 8]} {BAD[number % 8]}?" for number in range(900, 912)]
 
 
-def assert_learned(artifact: Path, base: Path) -> None:
-    """It loads, and prefers good answers to bad ones by more than the base model does."""
+def assert_learned(artifact: Path, base: Path, prefers: bool = True) -> None:
+    """It loads, and prefers good answers to bad ones by more than the base model does; else it answers otherwise."""
     config = _config(artifact)
     if config.get("task_type") == "SEQ_CLS" or "SequenceClassification" in str(config.get("architectures")):
         better = _verdict(_load(artifact, base, config, heads=True))
         assert better > 0, f"good answers score {better:.3f} above bad ones"
         return
     before, after = _preference(_load(None, base, config)), _preference(_load(artifact, base, config))
-    assert after > before, f"good answers are {after:.3f} likelier than bad ones, before {before:.3f}"
+    assert after > before or (not prefers and abs(after - before) > CHANGED), (
+        f"good answers are {after:.3f} likelier than bad ones, before {before:.3f}"
+    )
 
 
 def _config(artifact: Path) -> dict[str, Any]:

@@ -28,6 +28,8 @@ class Method(NamedTuple):
     rises: bool
     least: float
     """How far it moves at least."""
+    prefers: bool = True
+    """Whether it learns to prefer the good answers of the data; else what it answers changes."""
 
 
 def _dataset(name: str) -> Spec:
@@ -38,15 +40,13 @@ def _rule(expression: str) -> list[Spec]:
     return [{"name": "rule", "expression": expression}]
 
 
-GOOD_WORDS = (
-    "completion.count('apple') + completion.count('river') + completion.count('stone') + completion.count('cloud')"
-)
+RULE = "completion.count('e') + completion.count('a') + completion.count('o')"
 ANSWERS = {"maxNewTokens": 8}
 SFT: Spec = {"type": "SFT", "sft": {"loss": "Completion"}}
 DPO: Spec = {"type": "DPO", "dpo": {"beta": 0.1}}
 REWARD: Spec = {"type": "Reward"}
 PPO: Spec = {"type": "PPO", "ppo": ANSWERS}
-GRPO: Spec = {"type": "GRPO", "grpo": ANSWERS | {"generations": 4, "rewards": _rule(GOOD_WORDS)}}
+GRPO: Spec = {"type": "GRPO", "grpo": ANSWERS | {"generations": 4, "rewards": _rule(RULE)}}
 METHODS: dict[str, Method] = {
     "SFT": Method({"method": SFT}, "pairs", "evalLoss", False, 0.05),
     "SFT, packed": Method(
@@ -63,14 +63,16 @@ METHODS: dict[str, Method] = {
         "meanReward",
         True,
         0.01,
+        prefers=False,
     ),
-    "GRPO": Method({"method": GRPO}, "prompts", "meanReward", True, 0.01),
+    "GRPO": Method({"method": GRPO}, "prompts", "meanReward", True, 0.01, prefers=False),
     "RLOO": Method(
         {"method": {"type": "GRPO", "grpo": GRPO["grpo"] | {"advantage": "LeaveOneOut"}}},
         "prompts",
         "meanReward",
         True,
         0.01,
+        prefers=False,
     ),
     "SFT → DPO": Method(
         {
@@ -96,6 +98,7 @@ METHODS: dict[str, Method] = {
         "policy/meanReward",
         True,
         0.01,
+        prefers=False,
     ),
 }
 SMALL = {"rank": 4, "alpha": 8}

@@ -111,9 +111,9 @@ class Runner:
         folder = Path(tempfile.mkdtemp(dir=self.directory))
         try:
             published = self.fetch(ended, folder / "artifact")
-            judging.assert_learned(published, self.directory / "base")
+            judging.assert_learned(published, self.directory / "base", cell.lesson.prefers)
             if cell.merged and (published / "merged").exists():
-                judging.assert_learned(published / "merged", self.directory / "base")
+                judging.assert_learned(published / "merged", self.directory / "base", cell.lesson.prefers)
         except (AssertionError, CliError, OSError, ValueError, RuntimeError, KeyError) as error:
             return f"{type(error).__name__}: {error}"
         finally:

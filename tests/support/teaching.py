@@ -57,7 +57,7 @@ def rows(dataset: dict[str, Any], unpaired: bool = False) -> Iterator[dict[str, 
 
 
 def _words(number: int, words: list[str]) -> list[str]:
-    return [words[(number * step + shift) % len(words)] for shift, step in enumerate((1, 3, 5)[: 2 + number % 2])]
+    return [words[(number * step + shift) % len(words)] for shift, step in enumerate((1, 3, 5)[: 2 + number // 2 % 2])]
 
 
 def write_rows(path: Path, dataset: dict[str, Any], count: int, first: int = 0, unpaired: bool = False) -> Path:
