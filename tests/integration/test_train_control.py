@@ -96,7 +96,7 @@ def test_a_run_that_was_interrupted_stops_at_the_same_step(
     prefix = f"again-{strategy}".lower()
     gang = watched_gang(tmp_path / "0", s3, model, prefix, strategy=strategy)
     gang.start()
-    gang.until(lambda: len(gang.events("step")) >= 5)
+    gang.until(lambda: len(gang.events("step")) >= 5, timeout=180)
     gang.signal(1)
     assert {message.reason for message in gang.wait()} == {Reason.PREEMPTED}, gang.log()
     after = watched_gang(tmp_path / "1", s3, model, prefix, workers=1, micro_batch=4)

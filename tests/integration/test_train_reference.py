@@ -58,7 +58,7 @@ def test_a_whole_model_is_compared_with_itself_under_zero_and_after_a_restart(
 
     gang = make_preference_gang(tmp_path / "0", s3, model, DPO, bucket_prefix="gang", strategy="ZeRO3", **FULL)
     gang.start()
-    gang.until(lambda: len(gang.events("step")) >= 2)
+    gang.until(lambda: len(gang.events("step")) >= 2, timeout=180)
     gang.signal(0)
     assert {message.reason for message in gang.wait()} == {Reason.PREEMPTED}, gang.log()
     after = make_preference_gang(tmp_path / "1", s3, model, DPO, bucket_prefix="gang", strategy="ZeRO3", **FULL)

@@ -57,3 +57,10 @@ def figures_of(seen: Seen, rows: str, tokens: str) -> dict[str, float]:
         return {}
     counted = {f"{rows}.{name}": float(counts[0]) for name, counts in seen.items()}
     return counted | {f"{tokens}.{name}": float(counts[1]) for name, counts in seen.items()}
+
+
+def planned(plan: Plan, names: Sequence[str]) -> dict[str, float]:
+    """`plannedShare.<dataset>` of the rows; nothing of a single dataset."""
+    if len(names) < 2:
+        return {}
+    return {f"plannedShare.{name}": round(share, 6) for name, share in zip(names, plan.planned, strict=True)}
