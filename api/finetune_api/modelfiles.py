@@ -41,8 +41,13 @@ def invalid(message: str) -> FineTuneError:
     return FineTuneError(Reason.MODEL_INVALID, message)
 
 
-def parse_config(data: bytes, uri: str) -> dict[str, Any]:
-    """config.json of a causal language model whose code transformers itself has. Raises ModelInvalid."""
+ANSWERS = {"ForCausalLM", "LMHeadModel"}, "causal language models (…ForCausalLM)"
+SCORES = {"ForSequenceClassification"}, "reward models (…ForSequenceClassification)"
+"""How the names of architectures end, and what they are in words."""
+
+
+def parse_config(data: bytes, uri: str, kind: tuple[set[str], str] = ANSWERS) -> dict[str, Any]:
+    """config.json of a model whose code transformers itself has: ANSWERS or SCORES. Raises ModelInvalid."""
     config = _json_object(data, uri)
     if "auto_map" in config:
         raise invalid(
@@ -51,8 +56,8 @@ def parse_config(data: bytes, uri: str) -> dict[str, Any]:
     names = config.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise invalid(f"{uri}: `architectures` is missing; it names the model's class, such as LlamaForCausalLM")
-    if not names[0].endswith(("ForCausalLM", "LMHeadModel")):
-        raise invalid(f"{uri}: found the architecture {names[0]}; causal language models (…ForCausalLM) are supported")
+    if not names[0].endswith(tuple(kind[0])):
+        raise invalid(f"{uri}: found the architecture {names[0]}; {kind[1]} are supported")
     if "quantization_config" in config:
         raise invalid(f"{uri}: the weights are quantised already (`quantization_config`); use the full-precision model")
     for field in ("hidden_size", "layers", "vocab_size"):

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from finetune_api.formats import Kind
 from finetune_api.job import FineTuneJobSpec
+from finetune_api.manifest import FileEntry
 from finetune_api.model import ApiModel, S3Uri, Sha256, ShortText
 from finetune_api.sizing import ModelShape, Sizing
 
@@ -90,8 +91,11 @@ class PreparedData(ApiModel):
     """Of the earlier adapter, where the job starts from one: its two files and its manifest."""
     reward_model: list[PinnedObject] = []
     """Of the reward model that the method names: a whole model's files, or an adapter's on the base model."""
-    reward_model: list[PinnedObject] = []
-    """Of the reward model that the method names: a whole model's files, or an adapter's on the base model."""
+    reward_parameters: Count = 0
+    teacher: list[PinnedObject] = []
+    """Of the model that a stage which generates asks, where that is another one."""
+    seeds: FileEntry | None = None
+    """Of a stage that generates: the rows that it writes more of, by their key beside the index."""
     model: ModelShape
     kind: Kind = "Tokens"
     classes: list[ShortText] = []
@@ -124,6 +128,7 @@ class StageSummary(ApiModel):
     train_tokens: Count
     max_tokens: Count
     """0 where its data are made by an earlier stage."""
+    reward_parameters: Count = 0
     target_features: Count
     """Of `ModelShape`, by the stage's own tuning."""
     target_outputs: Count
@@ -142,6 +147,8 @@ class PreparedSummary(ApiModel):
     train_tokens: Count
     dropped: Count
     max_tokens: Count
+    reward_parameters: Count = 0
+    """Of the reward model that the method names."""
     stages: list[StageSummary] = []
     """One for each of spec.stages; the counts above are those of all of them."""
     message: Annotated[str, Field(max_length=512)] = ""

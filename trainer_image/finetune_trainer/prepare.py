@@ -17,18 +17,25 @@ from typing import Any, NamedTuple
 
 from finetune_api.failures import EXIT_CODES, FineTuneError, Reason, TerminationMessage
 from finetune_api.job import FineTuneJobSpec
-from finetune_api.run import Outline, PreparedData, PreparedSummary, RunConfig, Shard, Split, StageSummary
+from finetune_api.manifest import FileEntry
+from finetune_api.run import Outline, PinnedObject, PreparedData, PreparedSummary, RunConfig, Shard, Split, StageSummary
 from finetune_api.stages import STAGE_URI, EffectiveStage, effective
 from finetune_trainer import log
 from finetune_trainer.data.adapter import inspect_adapter
 from finetune_trainer.data.basemodel import BaseModel, digest, for_tuning, inspect
 from finetune_trainer.data.pipeline import Pipeline
 from finetune_trainer.data.policy import AcrossStages
+from finetune_trainer.data.records import Record
 from finetune_trainer.data.report import DatasetReport, worst
+from finetune_trainer.data.rewardmodel import inspect_reward_model
+from finetune_trainer.data.rewardrules import check_rewards
+from finetune_trainer.data.shards import Upload
 from finetune_trainer.data.sources import Source, sources
 from finetune_trainer.probe import probe
 from finetune_trainer.runconfig import stage_config
 from finetune_trainer.storage import Store, join
+from finetune_trainer.synthesis.seeds import KEY as SEEDS
+from finetune_trainer.synthesis.seeds import SeedWriter
 from finetune_trainer.termination import run, write_termination
 from finetune_trainer.workdir import WorkDir
 
@@ -135,18 +142,59 @@ def _prepare_stage(
     if config.spec.training.max_length > model.shape.max_positions:
         log.event("maxLength exceeds the model's positions", level="warning", positions=model.shape.max_positions)
     adapter = inspect_adapter(store, config.spec, model)
+    judge = inspect_reward_model(store, config.spec, model)
     found = sources(store, spec := with_rows(config.spec, config.scratch_uri))
-    pipeline = Pipeline(store, spec, model, folder, lambda path, key: store.upload(path, join(data_uri, key)), across)
+    seeds = SeedWriter(folder / SEEDS)
+    upload: Upload = lambda path, key: store.upload(path, join(data_uri, key))  # noqa: E731
+    pipeline = Pipeline(
+        store,
+        spec,
+        model,
+        folder,
+        upload,
+        across,
+        (lambda split, record: seeds.add(split, record.example)) if stage.generate else _unheard,
+    )
     for source in found:
         pipeline.run(source)
     pipeline.close()
     _check_enough(config, pipeline)
+    check_rewards(store, config.spec.method, model.encoder.tokenizer, data_uri, pipeline.shards)
     classes = pipeline.classes()
     store.put_bytes(join(data_uri, "data-report.json"), _report(config, model, pipeline.reports))
-    index = _index(config, model, found, pipeline, classes).model_copy(update={"adapter": adapter})
+    known = {"adapter": adapter, "reward_model": judge.files, "reward_parameters": judge.parameters}
+    index = _index(config, model, found, pipeline, classes).model_copy(update=known)
     if index.train_bytes > config.data_cache_bytes:
         index = index.model_copy(update={"outline": _outline(store, config, data_uri, pipeline.outline.path)})
+    if stage.generate:
+        index = index.model_copy(update=_for_generating(store, config, stage, data_uri, seeds))
     return Prepared(index, _write_index(store, data_uri, index), pipeline.reports)
+
+
+def _unheard(split: Split, record: Record) -> None:
+    """Most stages need no seeds."""
+
+
+def _for_generating(
+    store: Store, config: RunConfig, stage: EffectiveStage, data_uri: str, seeds: SeedWriter
+) -> dict[str, Any]:
+    """What a stage that generates needs besides: the rows that it shows, and the model that it asks."""
+    if not seeds.close():
+        raise FineTuneError(
+            Reason.DATA_INVALID,
+            "spec.datasets: no row is one question with its answer, of which a stage that generates writes more",
+        )
+    size, sha256 = store.upload(seeds.path, join(data_uri, SEEDS))
+    teacher = stage.generate.teacher if stage.generate else None
+    files: list[PinnedObject] = []
+    if teacher:
+        asked = config.spec.base_model.model_copy(update={"uri": teacher.uri, "adapter_uri": None})
+        try:
+            files = inspect(store, config.spec.model_copy(update={"base_model": asked})).files
+        except FineTuneError as error:
+            field = f"spec.stages[{stage.number}].generate.teacher.uri"
+            raise FineTuneError(error.reason, str(error).replace("spec.baseModel.uri", field)) from error
+    return {"seeds": FileEntry(key=SEEDS, size=size, sha256=sha256), "teacher": files}
 
 
 def _outline(store: Store, config: RunConfig, data_uri: str, path: Path) -> Outline:
@@ -285,6 +333,7 @@ def _summary(data_uri: str, index: PreparedData, sha256: str, parts: Sequence[Pr
         train_tokens=_train_tokens(shards),
         dropped=sum(index.dropped.values()),
         max_tokens=index.max_tokens,
+        reward_parameters=index.reward_parameters,
     )
 
 
@@ -293,6 +342,7 @@ def _stage_summary(stage: EffectiveStage, prepared: Prepared | None, model: Base
     return StageSummary(
         train_tokens=_train_tokens(prepared.data.shards) if prepared else 0,
         max_tokens=prepared.data.max_tokens if prepared else 0,
+        reward_parameters=prepared.data.reward_parameters if prepared else 0,
         target_features=shape.target_features,
         target_outputs=shape.target_outputs,
     )

@@ -4,13 +4,16 @@ A process of its own, so that the launcher stays small and a signal ends it at o
 """
 
 import hashlib
+import itertools
 import shutil
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 from finetune_api.failures import FineTuneError, Reason
 from finetune_api.manifest import MANIFEST_KEY
-from finetune_api.run import PreparedData, RunConfig
+from finetune_api.run import PinnedObject, PreparedData, RunConfig
+from finetune_api.stage import Generate
 from finetune_api.stages import effective
 from finetune_trainer import log
 from finetune_trainer.outcome import guarded
@@ -38,13 +41,24 @@ def model_files(config: RunConfig, index: PreparedData, work: WorkDir) -> list[W
     return [Wanted(pinned, work.model / pinned.uri.removeprefix(prefix)) for pinned in index.base_model]
 
 
-def adapter_files(store: Store, index: PreparedData, work: WorkDir) -> list[Wanted]:
-    """The earlier adapter's files, each with its hash where there is a manifest to say it."""
-    pins = {pinned.uri.rpartition("/")[2]: pinned for pinned in index.adapter}
+def teacher_files(generate: Generate, index: PreparedData, work: WorkDir) -> list[Wanted]:
+    """Of the model that a stage asks; none where it asks the job's own."""
+    prefix = generate.teacher.uri.rstrip("/") + "/" if generate.teacher else ""
+    return [Wanted(pinned, work.teacher / pinned.uri.removeprefix(prefix)) for pinned in index.teacher]
+
+
+def adapter_files(store: Store, pinned: list[PinnedObject], place: Path) -> list[Wanted]:
+    """An adapter's files, each with its hash where there is a manifest to say it."""
+    pins = {pin.uri.rpartition("/")[2]: pin for pin in pinned}
     manifest = pins.pop(MANIFEST_KEY, None)
     files = parse_manifest(store.get_bytes(manifest, MANIFEST_LIMIT), manifest.uri).files if manifest else []
     known = {entry.key: entry.sha256 for entry in files}
-    return [Wanted(pinned, work.adapter / name, known.get(name)) for name, pinned in pins.items()]
+    return [Wanted(pin, place / name, known.get(name)) for name, pin in pins.items()]
+
+
+def reward_model_files(store: Store, index: PreparedData, work: WorkDir) -> list[Wanted]:
+    """Both kinds lie in one folder: their names are the last parts of their URIs."""
+    return adapter_files(store, index.reward_model, work.reward_model)
 
 
 def shard_files(store: Store, index_uri: str, index: PreparedData, work: WorkDir) -> list[Wanted]:
@@ -98,14 +112,26 @@ def pull(config: RunConfig, work: WorkDir) -> None:
             name: _part(store, join(uri.rpartition("/")[0], f"{name}/index.json"), sha256)
             for name, sha256 in index.stages.items()
         }
-        model = model_files(config, index, work)
-        adapter = adapter_files(store, index, work)
+        models = {
+            "spec.baseModel.uri": model_files(config, index, work),
+            "spec.baseModel.adapterUri": adapter_files(store, index.adapter, work.adapter),
+        } | {
+            f"spec.stages[{stage.number}].generate.teacher.uri": teacher_files(
+                stage.generate, parts[stage.name].prepared, work.of_stage(stage.name)
+            )
+            for stage in effective(config.spec)
+            if stage.generate
+        }
+        for name, part in parts.items():
+            models[f"rewardModel.uri of {name or 'spec.method'}"] = reward_model_files(
+                store, part.prepared, work.of_stage(name)
+            )
         shards = [
             wanted
             for name, part in parts.items()
             for wanted in shard_files(store, part.uri, part.prepared, work.of_stage(name))
         ]
-        total = sum(wanted.pinned.size for wanted in model + adapter + shards)
+        total = sum(wanted.pinned.size for wanted in itertools.chain(shards, *models.values()))
         work.root.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(work.root).free
         decoded = sum(part.prepared.decoded_bytes for part in parts.values())
@@ -115,14 +141,11 @@ def pull(config: RunConfig, work: WorkDir) -> None:
                 f"the work volume has {free:,} bytes free; the base model and the data need {total + decoded:,}",
             )
         progress = log.Progress("pull", total, "bytes")
-        try:
-            store.download_many(model, progress.add)
-        except (ObjectChanged, ObjectMissing) as error:
-            raise FineTuneError(Reason.MODEL_INVALID, f"baseModel: {error}") from error
-        try:
-            store.download_many(adapter, progress.add)
-        except (ObjectChanged, ObjectMissing) as error:
-            raise FineTuneError(Reason.MODEL_INVALID, f"spec.baseModel.adapterUri: {error}") from error
+        for field, files in models.items():
+            try:
+                store.download_many(files, progress.add)
+            except (ObjectChanged, ObjectMissing) as error:
+                raise FineTuneError(Reason.MODEL_INVALID, f"{field}: {error}") from error
         store.download_many(shards, progress.add)
         progress.close()
         for name, part in parts.items():

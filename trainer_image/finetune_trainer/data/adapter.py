@@ -37,7 +37,7 @@ def inspect_adapter(store: Store, spec: FineTuneJobSpec, model: BaseModel) -> li
         names = [CONFIG, WEIGHTS, *({MANIFEST_KEY} & listed)]
         pins = dict(zip(names, store.pin_all([join(prefix, name) for name in names]), strict=True))
         if MANIFEST_KEY in pins:
-            _check_manifest(read_manifest(store, pins[MANIFEST_KEY].uri), pins, model.sha256, prefix)
+            check_manifest(read_manifest(store, pins[MANIFEST_KEY].uri), pins, model.sha256, prefix)
         try:
             config = json.loads(store.get_bytes(pins[CONFIG], SMALL))
         except (ValueError, RecursionError) as error:
@@ -52,7 +52,8 @@ def inspect_adapter(store: Store, spec: FineTuneJobSpec, model: BaseModel) -> li
     return list(pins.values())
 
 
-def _check_manifest(manifest: Manifest, pins: Mapping[str, PinnedObject], base_sha256: str, prefix: str) -> None:
+def check_manifest(manifest: Manifest, pins: Mapping[str, PinnedObject], base_sha256: str, prefix: str) -> None:
+    """Raises ModelInvalid where the files are not those of an adapter upon that base model."""
     if manifest.kind != "Adapter":
         raise invalid(
             f"{prefix} holds a {manifest.kind.lower()}, not an adapter; baseModel.uri is the field for models"

@@ -30,7 +30,7 @@ SMALL = 64 * 2**20
 HEADER = 100 * 2**20
 """Bytes; the limit that the safetensors library has too."""
 # What training and publishing need; all else below the prefix (other formats' weights, pictures) stays where it is.
-_NAMES = {
+MODEL_FILES = {
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -75,8 +75,8 @@ def inspect(store: Store, spec: FineTuneJobSpec) -> BaseModel:
         raise FineTuneError(Reason.INVALID_SPEC, f"spec.baseModel.uri: found {prefix}; s3:// is supported")
     try:
         listed = {item.uri.removeprefix(prefix): item for item in store.list(prefix)}
-        weights = _weights(store, listed, prefix)
-        wanted = sorted(name for name in listed if name in _NAMES or name in weights)
+        weights = weight_files(store, listed, prefix)
+        wanted = sorted(name for name in listed if name in MODEL_FILES or name in weights)
         files = dict(zip(wanted, store.pin_all([listed[name].uri for name in wanted]), strict=True))
         return _inspect(store, spec, files, weights, prefix)
     except FineTuneError as error:
@@ -86,7 +86,7 @@ def inspect(store: Store, spec: FineTuneJobSpec) -> BaseModel:
         raise FineTuneError(reason, f"spec.baseModel.uri: {error}") from error
 
 
-def _weights(store: Store, listed: Mapping[str, PinnedObject], prefix: str) -> list[str]:
+def weight_files(store: Store, listed: Mapping[str, PinnedObject], prefix: str) -> list[str]:
     """The names of the files that hold weights. Raises ModelInvalid where there are none, or not all."""
     if not listed:
         raise invalid(f"there is nothing below {prefix}")

@@ -111,6 +111,14 @@ class Encoder:
         return [tokens for tokens in found if tokens is not None]
 
     @property
+    def tokenizer(self) -> Tokenizer:
+        return self._tokenizer
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        return dict(self._tokenizer.get_vocab(with_added_tokens=True))
+
+    @property
     def special_tokens(self) -> list[str]:
         """In text."""
         return [str(self._tokenizer.id_to_token(number)) for number in sorted(self._ends)]
