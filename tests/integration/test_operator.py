@@ -89,6 +89,31 @@ async def test_what_does_not_go_together_fails_with_its_field_and_no_pod(live: S
     assert len(live.proxy.writes) == 1
 
 
+async def test_a_gate_that_is_not_met_fails_the_job_with_its_result(live: Scene) -> None:
+    gates = [{"metric": "evalLoss", "operator": "AtMost", "value": 1}]
+    await live.submit(distribution={"workers": 2}, validation={"fraction": 0.1}, evaluation={"gates": gates})
+    await live.prepared()
+    await live.reaches("Starting")
+    await live.run("j-0", 2)
+    await live.reaches("Running")
+    text = "spec.evaluation.gates[0]: evalLoss is 1.5; at most 1 is wanted"
+    result = RESULT.model_copy(update={"metrics": {"evalLoss": 1.5}})
+    said = TerminationMessage(reason=Reason.GATE_NOT_MET, message=text, exit_code=78, rank=0, result=result)
+    # Worker 1 has ended well by then.
+    await live.end("j-0", index=1, workers=2, message=TerminationMessage())
+    await live.end("j-0", index=0, workers=1, message=said, code=78)
+    status = await live.reaches("Failed")
+    failed = next(c for c in status["conditions"] if c["type"] == "Failed")
+    assert (failed["status"], failed["reason"], failed["message"]) == ("True", "GateNotMet", text)
+    assert status["result"] == {
+        "uri": RESULT.uri,
+        "manifestSHA256": RESULT.manifest_sha256,
+        "sizeBytes": RESULT.size_bytes,
+        "metrics": {"evalLoss": 1.5},
+    }
+    assert await live.jobs() == ["j-0", "j-prepare"]
+
+
 async def test_a_job_waits_for_its_profile(live: Scene) -> None:
     await live.submit(profile="nobody-made-it")
     status = await live.reaches("Pending")
