@@ -221,16 +221,20 @@ def test_too_long_rows_can_be_cut(s3: S3) -> None:
     assert sorted(len(ids) for ids, _ in examples(s3))[-1] == 64
 
 
-def test_the_validation_split_stays_when_rows_are_added(s3: S3) -> None:
-    def validation(rows: list[Any]) -> set[str]:
-        s3.put("s3://bucket/data/pairs.jsonl", jsonl(rows))
-        prepare(configured(s3, validation={"fraction": 0.3}))
-        return {make_tokenizer().decode(ids) for ids, _ in examples(s3, "validation")}
+def test_rows_that_are_added_move_no_other_row_to_another_split(s3: S3) -> None:
+    tokenizer = make_tokenizer()
 
-    before, after = validation(PAIRS[:30]), validation(list(reversed(PAIRS)))
-    assert before
-    assert before <= after
-    assert len(after) < 25
+    def split(rows: list[Any]) -> list[set[str]]:
+        s3.put("s3://bucket/data/pairs.jsonl", jsonl(rows))
+        prepare(configured(s3, validation={"fraction": 0.3}, test={"fraction": 0.2}))
+        splits = ("train", "validation", "test")
+        return [{tokenizer.decode(ids) for ids, _ in examples(s3, name)} for name in splits]
+
+    before, after = split(PAIRS[:25]), split(list(reversed(PAIRS)))
+    assert sum(map(len, after)) - sum(map(len, before)) == 15
+    for few, many in zip(before, after, strict=True):
+        assert few
+        assert few <= many
 
 
 @pytest.mark.parametrize(("policy", "kept", "dropped"), [("Drop", 30, {"leakage": 10}), ("Warn", 40, {})])

@@ -14,7 +14,7 @@ from finetune_api.model import Problem
 from finetune_api.stages import effective
 from finetune_trainer.data.classes import Classes
 from finetune_trainer.data.formats import BadRow, Chat, Pair, Plain, detect
-from finetune_trainer.data.records import Record, digest_of, to_records
+from finetune_trainer.data.records import Record, digests_of, to_records
 
 USER, GOOD, BAD = (
     {"role": "user", "content": "q"},
@@ -117,8 +117,8 @@ def test_refused_rows(form: str, kind: Kind, row: dict[str, Any], text: str) -> 
 
 def test_a_verdict_has_no_part_in_the_content() -> None:
     one = [Record(Plain("a"), label="x")]
-    assert digest_of(one) == digest_of([Record(Plain("a"), label="y")])
-    assert digest_of([CHATS]) != digest_of([Record(CHATS.example)])
+    assert digests_of(one) == digests_of([Record(Plain("a"), label="y")])
+    assert digests_of([CHATS]) != digests_of([Record(CHATS.example)])
 
 
 def test_classes_are_ordered_and_held_out_ones_are_known() -> None:

@@ -20,7 +20,7 @@ from finetune_trainer.data.guard import Guard, Guarded, plain, unmarked
 from finetune_trainer.data.near import sketch
 from finetune_trainer.data.policy import AcrossStages, Candidate, Repeats, refuse
 from finetune_trainer.data.readers import Row, place
-from finetune_trainer.data.records import Record, compared_by, digest_of, learned_of, slice_of, to_records
+from finetune_trainer.data.records import Digests, Record, compared_by, digests_of, slice_of, to_records
 from finetune_trainer.data.report import SAMPLE, DatasetReport
 from finetune_trainer.data.shards import Encoded, OutlineWriter, ShardWriter, Upload
 from finetune_trainer.data.sources import Source, rows
@@ -192,16 +192,16 @@ class Pipeline:
         source, report, form, passages = reading.source, reading.report, reading.form, reading.passages
         guarded = self._guarded(row, form)
         records = self._records(reading, guarded.row)
-        digest = digest_of(records)
-        split = source.split or self._split(learned_of(records))
-        candidate = self._candidate(reading, where, split, digest, guarded.row, records)
+        digests = digests_of(records)
+        split = source.split or self._split(digests.learned)
+        candidate = self._candidate(reading, where, split, digests, guarded.row, records)
         if not self._repeats.passes(report, candidate):
             return []
         if self._stages and not self._stages.passes(report, candidate):
             return []
-        if split == "train" and (changed := passages.altered(guarded.row, form, digest)):
+        if split == "train" and (changed := passages.altered(guarded.row, form, digests.whole)):
             records = self._records(reading, changed)
-        records = [record._replace(example=shots.before(record.example, digest)) for record in records]
+        records = [record._replace(example=shots.before(record.example, digests.whole)) for record in records]
         group = slice_of(row.value, source.dataset.columns)
         kind = self._kind_of(source)
         placed = [Placed(where, split, record, self._lay_out(record, kind), group) for record in records]
@@ -229,14 +229,13 @@ class Pipeline:
         reading: Reading,
         where: str,
         split: Split,
-        digest: bytes,
+        digests: Digests,
         row: Mapping[str, Any],
         records: list[Record],
     ) -> Candidate:
         """The row as the policy sees it: its passages, which many rows may share, have no part in what is compared."""
-        learned = learned_of(records)
         if self._policy.similarity >= 1:
-            return Candidate(reading.source, where, split, digest, None, learned)
+            return Candidate(reading.source, where, split, digests.whole, None, digests.learned)
         passages, template = reading.passages.column, reading.template
         if passages and not template:
             bare = {name: value for name, value in row.items() if name != passages}
@@ -244,7 +243,8 @@ class Pipeline:
             kind = self._kind_of(reading.source)
             records = to_records(bare, reading.form, kind, columns, None, self._model.has_chat_template)
         rendered = template.columns - {passages} if template else None
-        return Candidate(reading.source, where, split, digest, sketch(*compared_by(records, row, rendered)), learned)
+        known = sketch(*compared_by(records, row, rendered))
+        return Candidate(reading.source, where, split, digests.whole, known, digests.learned)
 
     def _shots(self, reading: Reading) -> Shots:
         """Examples of the training split for few-shot prompts; none of what is held out, nor like it."""
@@ -255,14 +255,14 @@ class Pipeline:
             try:
                 guarded = self._guarded(row, reading.form)
                 records = self._records(reading, guarded.row)
-                digest = digest_of(records)
+                digests = digests_of(records)
             except BadRow:
                 # It is told of when its turn comes.
                 continue
-            split = self._split(learned_of(records))
-            known = self._candidate(reading, where, split, digest, guarded.row, records)
+            split = self._split(digests.learned)
+            known = self._candidate(reading, where, split, digests, guarded.row, records)
             if known.split == "train" and not self._repeats.is_held_out(known):
-                shots.offer(digest, records[0].example)
+                shots.offer(digests.whole, records[0].example)
         return shots
 
     def _lay_out(self, record: Record, kind: Kind) -> list[Text]:

@@ -26,7 +26,7 @@ class Candidate(NamedTuple):
     digest: bytes
     sketch: Sketch | None
     learned: bytes = b""
-    """`records.learned_of`."""
+    """`records.Digests.learned`."""
 
 
 class _Near:

@@ -84,20 +84,22 @@ def slice_of(row: Row, columns: Columns | None) -> str | None:
     return _NOT_IN_NAMES.sub("_", str(value).strip())[:SLICE_LIMIT] or None
 
 
-def digest_of(records: Sequence[Record]) -> bytes:
-    """16 bytes by the content of a row. Verdicts and classes have no part: the same text is never in two splits."""
-    examples = [e for record in records for e in (record.example, record.rejected) if e is not None]
-    if len(examples) == 1:
-        return content_hash(examples[0])
-    return hashlib.blake2b(b"".join(map(content_hash, examples)), digest_size=16).digest()
+class Digests(NamedTuple):
+    """16 bytes each. Verdicts and classes have no part in them: the same text is never in two splits."""
 
-
-def learned_of(records: Sequence[Record]) -> bytes:
-    """16 bytes by what a row teaches to answer, of a pair the chosen answer: it decides the split.
+    whole: bytes
+    """By the content of a row."""
+    learned: bytes
+    """By what it teaches to answer, of a pair the chosen answer: it decides the split.
 
     So that what is held out where answers are taught is held out where they are preferred, too.
     """
-    return content_hash(records[0].example)
+
+
+def digests_of(records: Sequence[Record]) -> Digests:
+    hashes = [content_hash(e) for record in records for e in (record.example, record.rejected) if e is not None]
+    whole = hashes[0] if len(hashes) == 1 else hashlib.blake2b(b"".join(hashes), digest_size=16).digest()
+    return Digests(whole, hashes[0])
 
 
 def compared_by(records: Sequence[Record], row: Row, rendered: Collection[str] | None) -> tuple[str, str]:
