@@ -96,7 +96,7 @@ class Text:
                 yield line
                 if again:
                     # Half of them with one word that differs.
-                    old = [*old[-500:], line if question % 2 else line.replace(b" ", b" other ", 1)]
+                    old = [*old[-500:], line if question % 2 else line.replace(b': "', b': "other ', 1)]
                     yield old[len(line) % len(old)]
 
     def files(self, size: int) -> Iterator[bytes]:
