@@ -83,6 +83,9 @@ def test_a_head_learns_with_each_tuning_and_what_is_published_loads_anywhere(
     assert metrics["evalLoss"] < metrics["evalLossBefore"]
     published = gang.published(tmp_path / "published")
     assert figures_of(load(published, model, gang), gang) == pytest.approx(of(metrics), abs=1e-4)
+    page = (published / "report.html").read_text()
+    assert f'<td class="n">{metrics["accuracy"]:.4f}</td>' in page
+    assert '<table class="matrix">' in page
     if gang.config.spec.output.merged:
         assert figures_of(load(published / "merged", model, gang), gang) == pytest.approx(of(metrics), abs=1e-3)
     for path in published.rglob("*.*"):

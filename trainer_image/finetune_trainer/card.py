@@ -83,7 +83,9 @@ def _results(facts: Facts) -> str:
     if len(facts.stages) > 1:
         before = "Before the last stage"
     head = ["", before, "With this adapter" if facts.kind == "Adapter" else "This model"]
-    text = _table(head, [[row.title, told.number(row.before), told.number(row.after)] for row in rows])
+    text = _table(head, _figures(rows))
+    for name, own in told.earlier_results(facts):
+        text += f"\n\n### Stage {name}\n\n" + _table(["", "Before it", "After it"], _figures(own))
     if groups := told.groups(metrics):
         shown = [
             [row.figure.dataset, row.figure.slice, row.title, told.number(row.before), told.number(row.after)]
@@ -94,6 +96,10 @@ def _results(facts: Facts) -> str:
         kept = [[data, title, after, told.number(value)] for data, title, after, value in rows_of_stages]
         text += "\n\n### What each stage left of the ones before\n\n" + _table(["Data of", "", "After", ""], kept)
     return text
+
+
+def _figures(rows: Sequence[told.Row]) -> told.Rows:
+    return [[row.title, told.number(row.before), told.number(row.after)] for row in rows]
 
 
 def _use(facts: Facts) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from finetune_api.figures import TRAINING, Figure, parse, ranked
+from finetune_api.figures import Figure, parse, ranked
 from finetune_api.job import FineTuneJobSpec
 from finetune_api.manifest import RunInfo
 from finetune_api.method import DPO, GRPO, KTO, ORPO, PPO, SFT, Method, Reward
@@ -118,9 +118,10 @@ def number(value: float | None) -> str:
     return f"{value:.4f}" if 1e-3 <= abs(value) < 1e5 or value == 0 else f"{value:.3g}"
 
 
-def results(metrics: Mapping[str, float]) -> list[Row]:
-    """What was measured over everything, the most telling first."""
-    return [row for row in rows_of(metrics) if not (row.figure.dataset or row.figure.stage)]
+def results(metrics: Mapping[str, float], stage: str = "") -> list[Row]:
+    """What was measured over everything, the most telling first; `stage`: an earlier one's, by its end."""
+    rows = rows_of(metrics)
+    return [row for row in rows if row.figure.stage == stage and not (row.figure.dataset or row.figure.after)]
 
 
 def groups(metrics: Mapping[str, float]) -> list[Row]:
@@ -150,8 +151,10 @@ def forgetting(metrics: Mapping[str, float]) -> list[tuple[str, str, str, float]
     return found
 
 
-def training_figures(metrics: Mapping[str, float]) -> dict[str, float]:
-    return {name: metrics[name] for name in TRAINING if name in metrics}
+def earlier_results(facts: Facts) -> list[tuple[str, list[Row]]]:
+    """Of each stage but the last, where something was measured."""
+    found = [(stage.name, results(facts.run.metrics, stage.name)) for stage in facts.stages[:-1]]
+    return [(name, rows) for name, rows in found if rows]
 
 
 def what_it_is(facts: Facts) -> str:

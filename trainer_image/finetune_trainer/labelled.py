@@ -10,7 +10,7 @@ from finetune_trainer.shards import Classes
 
 
 def collate_classes(data: Classes, ids: Ints) -> Batch:
-    """`input_ids` (rows, length), `lengths` and `classes` (both (rows,)): the place of each row's class in its names."""
+    """`input_ids` (rows, length), `lengths` and `classes` (rows,): the places of the classes in their names."""
     batch = collate(data.examples, [ids[i : i + 1] for i in range(len(ids))], packed=False)
     return {
         "input_ids": batch["input_ids"],

@@ -10,7 +10,7 @@ import torch
 
 from finetune_api.failures import TrainingResult
 from finetune_api.manifest import RunInfo
-from finetune_trainer import card, log, save
+from finetune_trainer import card, htmlreport, log, save
 from finetune_trainer.facts import Evidence, Facts
 from finetune_trainer.journal import Journal
 from finetune_trainer.model import Task
@@ -101,6 +101,7 @@ def publish_output(
     )
     facts = Facts(run.job, run.stages, kind, info, [*earlier, last], data_reports(run, store), evidence)
     (output / "README.md").write_text(card.model_card(facts))
+    (output / "report.html").write_text(htmlreport.report(facts), encoding="utf-8", errors="replace")
     (output / "metrics.jsonl").write_text(
         _stage_lines(earlier) + card.metrics_lines(_of_stage(run.stage.name, journal.history), metrics)
     )
