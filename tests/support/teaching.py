@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ def rows(dataset: dict[str, Any], unpaired: bool = False) -> Iterator[dict[str, 
         needed = dict.fromkeys(("prompt", "completion", "label"))
     for number in itertools.count():
         good, bad = _words(number, GOOD), _words(number, BAD)
-        fine = number % 2 == 0
+        # By no digit of the number: the words alone tell.
+        fine = random.Random(number).random() < 0.5
         question = f"Number {number}: which words of {good[1]} {bad[1]}?"
         answer = good if fine or not unpaired else bad
         turns = ({"role": "user", "content": question}, {"role": "assistant", "content": " ".join(good)})
