@@ -29,7 +29,8 @@ class Distribution(ApiModel):
     gpus_per_worker: Annotated[int, Field(ge=1, le=64)] = 1
     """Processes of each pod, one per GPU; CPU processes where the profile has no accelerators."""
     strategy: Literal["Auto", "DDP", "ZeRO1", "ZeRO2", "ZeRO3"] = "Auto"
-    offload: Literal["None", "Optimizer", "OptimizerAndParameters"] = "None"
+    offload: Literal["None", "Auto", "Optimizer", "OptimizerAndParameters"] = "None"
+    """What goes to the host's memory, which slows training down. Auto: only what must, where nothing fits without."""
 
 
 class CheckpointInterval(ApiModel):

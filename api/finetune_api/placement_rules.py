@@ -33,7 +33,7 @@ def _strategy(stage: EffectiveStage) -> Iterator[Problem]:
     possible = STRATEGIES.get(tuning.type, ALL_STRATEGIES)
     if wanted not in ("Auto", *possible):
         return  # told by `combinations`
-    if offload not in ("None", "Auto"):
+    if offload != "None" and offload != "Auto":
         able = [strategy for strategy in OFFLOADING[offload] if strategy in possible]
         if not able:
             text = f"found {offload}; {tuning.type} trains under {' or '.join(possible)}, which cannot offload it: None"

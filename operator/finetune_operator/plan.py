@@ -11,16 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from finetune_api import placing
 from finetune_api.failures import MAX_FIGURES, Reason
 from finetune_api.figures import foremost
-from finetune_api.formats import kind_of
 from finetune_api.job import FineTuneJob
 from finetune_api.jobstatus import Attempt, DataStatus, FineTuneJobStatus, ResultStatus, State
-from finetune_api.model import quantity
 from finetune_api.profile import FineTuneProfile
 from finetune_api.run import PreparedSummary
-from finetune_api.sizing import Device, DoesNotFit, Request, Sizing, size
-from finetune_api.stages import EffectiveStage, effective, keeps_reference
+from finetune_api.sizing import DoesNotFit, Sizing, size
+from finetune_api.stages import EffectiveStage, effective
 from finetune_operator import attempts as history
 from finetune_operator import manifests, status
 from finetune_operator.accept import Refusal, Subject, check, select_profile
@@ -274,37 +273,21 @@ def _start_text(job: FineTuneJob, attempt: Attempt) -> str:
 def sized(job: FineTuneJob, profile: FineTuneProfile, prepared: PreparedSummary) -> list[Sizing]:
     """One for each stage. Raises DoesNotFit."""
     stages = effective(job.spec)
-    return [_sized(stage, profile, prepared, keeps_reference(stages, stage.number)) for stage in stages]
+    return [_sized(stages, number, profile, prepared) for number in range(len(stages))]
 
 
-def _sized(stage: EffectiveStage, profile: FineTuneProfile, prepared: PreparedSummary, reference: bool) -> Sizing:
-    spec, accelerator = stage.spec, profile.spec.accelerator
-    shape, max_tokens = prepared.model, prepared.max_tokens
+def _sized(
+    stages: Sequence[EffectiveStage], number: int, profile: FineTuneProfile, prepared: PreparedSummary
+) -> Sizing:
+    shape, max_tokens, name = prepared.model, prepared.max_tokens, stages[number].name
     if prepared.stages:
-        own = prepared.stages[stage.number]
+        own = prepared.stages[number]
         targets = {"target_features": own.target_features, "target_outputs": own.target_outputs}
         shape, max_tokens = shape.model_copy(update=targets), own.max_tokens
-    packing = spec.method.sft is not None and spec.method.sft.packing
-    longest = spec.training.max_length if packing else min(spec.training.max_length, max_tokens or 2**31)
-    memory = accelerator.memory if accelerator else profile.spec.resources.memory
-    request = Request(
-        tuning=spec.tuning,
-        dtype=spec.base_model.dtype,
-        sequence_length=longest,
-        sequences=2 if kind_of(spec.method.type, spec.datasets) == "Pairs" else 1,
-        head=stage.has_head,
-        reference=reference,
-        global_batch_size=spec.training.global_batch_size,
-        micro_batch_size=spec.training.micro_batch_size,
-        world_size=manifests.devices(spec, profile.spec).world_size,
-        strategy=spec.distribution.strategy,
-        offload=spec.distribution.offload,
-    )
-    device = Device(kind="CUDA" if accelerator else "CPU", memory_bytes=int(quantity(memory)))
     try:
-        return size(shape, request, device)
+        return size(shape, placing.request_of(stages, number, max_tokens), placing.device_of(profile.spec))
     except DoesNotFit as error:
-        raise (DoesNotFit(f"stage {stage.name}: {error}") if stage.name else error) from error
+        raise (DoesNotFit(f"stage {name}: {error}") if name else error) from error
 
 
 def _data(prepared: PreparedSummary) -> DataStatus:

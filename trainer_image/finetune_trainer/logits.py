@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ def learned_logits(model: Any, inputs: Batch, labels: torch.Tensor) -> tuple[tor
     """
     kept = labels[:, 1:] != IGNORED
     targets = labels[:, 1:][kept]
-    if not _takes_positions(type(_causal(model))):
+    if not _takes_positions(type(_causal(model)).forward):
         return model(**inputs).logits[:, -labels.shape[1] : -1][kept].float(), targets
     # The last position predicts nothing, and virtual tokens stand in front of the row's own.
     mask = torch.nn.functional.pad(kept, (_virtual_tokens(model), 1))
@@ -31,12 +32,12 @@ def _causal(model: Any) -> Any:
 
 
 @functools.cache
-def _takes_positions(kind: type) -> bool:
+def _takes_positions(forward: Callable[..., Any]) -> bool:
     """Whether this family can be told which positions are wanted; some old ones cannot."""
-    return "logits_to_keep" in inspect.signature(kind.forward).parameters  # type: ignore[attr-defined]
+    return "logits_to_keep" in inspect.signature(forward).parameters
 
 
 def _virtual_tokens(model: Any) -> int:
     """Of a prompt that is put before each row; a prefix sits in the layers' keys instead."""
     config = getattr(getattr(model, "module", model), "peft_config", {}).get("default")
-    return config.num_virtual_tokens if getattr(config, "peft_type", None) == "PROMPT_TUNING" else 0
+    return int(config.num_virtual_tokens) if config and config.peft_type == "PROMPT_TUNING" else 0
