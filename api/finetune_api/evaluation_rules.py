@@ -50,6 +50,8 @@ def _reward_model(spec: FineTuneJobSpec) -> Iterator[Problem]:
     model, wanted = spec.evaluation.reward_model, "WinRate" in spec.evaluation.metrics
     if wanted and model is None:
         yield Problem((*_FIELD, "rewardModel"), "is required where metrics has WinRate")
+    if model and not model.uri.startswith("s3://"):
+        yield Problem((*_FIELD, "rewardModel", "uri"), f"found {model.uri!r}; this version supports s3:// only")
     if model and not wanted:
         yield Problem((*_FIELD, "rewardModel"), f"found {model.uri}; it is asked only where metrics has WinRate")
 

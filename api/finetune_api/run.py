@@ -91,7 +91,10 @@ class PreparedData(ApiModel):
     """Of the earlier adapter, where the job starts from one: its two files and its manifest."""
     reward_model: list[PinnedObject] = []
     """Of the reward model that the method names: a whole model's files, or an adapter's on the base model."""
+    judge: list[PinnedObject] = []
+    """The same of the reward model that the evaluation names."""
     reward_parameters: Count = 0
+    """Of both."""
     teacher: list[PinnedObject] = []
     """Of the model that a stage which generates asks, where that is another one."""
     seeds: FileEntry | None = None

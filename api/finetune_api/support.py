@@ -34,8 +34,6 @@ def _unsupported(spec: FineTuneJobSpec) -> Iterator[Problem]:
     yield from stage_rules.problems(effective(spec))
     yield from rollout_rules.problems(effective(spec))
     yield from evaluation_rules.problems(spec, effective(spec))
-    if "WinRate" in spec.evaluation.metrics:
-        yield refuse("evaluation", "metrics", found="WinRate", allowed="metrics without a reward model")
     if spec.tracking and spec.tracking != type(spec.tracking)():
         yield refuse("tracking", found="tracking", allowed="metrics in the status and in metrics.jsonl")
 

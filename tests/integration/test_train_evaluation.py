@@ -11,7 +11,7 @@ from finetune_api.failures import EXIT_CODES, Reason
 from finetune_api.manifest import Manifest
 from finetune_trainer.evaluation.answers import SCORES
 from support.gang import Gang, make_gang, make_tiny_model
-from support.measuring import MeasuredGang, answers, make_measured_gang, measured, strides
+from support.measuring import MeasuredGang, answers, make_judge, make_measured_gang, measured, strides
 from support.preferring import make_preference_gang
 from support.s3 import S3, running_s3
 
@@ -122,7 +122,10 @@ def test_partitioned_parameters_measure_the_same(alone: MeasuredGang, s3: S3, mo
 
 
 def test_what_is_learned_by_heart_is_answered(s3: S3, model: Path, tmp_path: Path) -> None:
-    """A mapping of few prompts: exact match rises from nothing to all, and the answers change for people to see."""
+    """A mapping of few prompts: exact match rises from nothing to all, and a reward model tells the better answers."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     rows = strides(6, 7, 11, 8)
     gang = make_measured_gang(
         tmp_path,
@@ -135,14 +138,29 @@ def test_what_is_learned_by_heart_is_answered(s3: S3, model: Path, tmp_path: Pat
         bucket_prefix="heart",
         tuning={"type": "Full"},
         training={"maxSteps": 80, "globalBatchSize": 8, "learningRate": 0.01},
-        evaluation={"metrics": ["ExactMatch", "Rouge", "Bleu"], "generation": {"maxNewTokens": 8}},
+        evaluation={
+            "metrics": ["ExactMatch", "Rouge", "Bleu", "WinRate"],
+            "generation": {"maxNewTokens": 8},
+            "rewardModel": {"uri": "s3://bucket/judge/"},
+        },
     )
+    judge = make_judge(gang.work(0).judge)
     result = gang.run().result
     assert result
     assert result.metrics["exactMatchBefore"] == 0.0
     assert result.metrics["exactMatch"] == 1.0
     assert result.metrics["rougeL"] == pytest.approx(1.0)
     assert result.metrics["bleuBefore"] < result.metrics["bleu"]
+    base = AutoModelForCausalLM.from_pretrained(model).eval()
+    was = [row[0][:4] + said for row, said in zip(rows, answers(base, rows, 8, ended=True), strict=True)]
+    with torch.no_grad():
+        now, before = (
+            [float(judge(input_ids=torch.tensor([ids])).logits) for ids in texts]
+            for texts in ([r[0] for r in rows], was)
+        )
+    won = [float(new > old) for new, old in zip(now, before, strict=True)]
+    assert result.metrics["winRate"] == pytest.approx(sum(won) / len(won))
+    assert "winRateBefore" not in result.metrics
 
 
 @pytest.mark.parametrize("tuning", ["PromptTuning", "PrefixTuning"])

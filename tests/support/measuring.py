@@ -74,6 +74,27 @@ def make_measured_gang(
     return MeasuredGang(**known, held=held)
 
 
+def make_judge(directory: Path) -> Any:
+    """A reward model with random weights, as files and as plain transformers loads it."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_labels=1,
+        initializer_range=0.5,
+        pad_token_id=0,
+    )
+    LlamaForSequenceClassification(config).save_pretrained(directory)
+    return AutoModelForSequenceClassification.from_pretrained(directory).eval()
+
+
 def measured(model: Any, rows: Iterable[Example]) -> dict[str, float]:
     """Loss, perplexity and token accuracy, one row at a time."""
     import torch
@@ -89,8 +110,8 @@ def measured(model: Any, rows: Iterable[Example]) -> dict[str, float]:
     return {"evalLoss": mean, "perplexity": math.exp(mean), "tokenAccuracy": right / count}
 
 
-def answers(model: Any, rows: Iterable[Example], max_new_tokens: int) -> list[list[int]]:
-    """The likeliest token each time, one row at a time, without a cache."""
+def answers(model: Any, rows: Iterable[Example], max_new_tokens: int, ended: bool = False) -> list[list[int]]:
+    """The likeliest token each time, one row at a time, without a cache; `ended`: with the token that ended it."""
     import torch
 
     found = []
@@ -100,8 +121,8 @@ def answers(model: Any, rows: Iterable[Example], max_new_tokens: int) -> list[li
             start = len(text)
             for _ in range(max_new_tokens):
                 token = int(model(input_ids=torch.tensor([text])).logits[0, -1].argmax())
+                text = [*text, token] if token != 2 or ended else text
                 if token == 2:
                     break
-                text = [*text, token]
             found.append(text[start:])
     return found

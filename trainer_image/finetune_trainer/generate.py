@@ -24,7 +24,7 @@ class Answering(NamedTuple):
     positions: int
     """Of the model: a prompt and its answer are never longer."""
     stop: tuple[int, ...]
-    """Tokens that end an answer; they are no part of it."""
+    """Tokens that end an answer, of which they are part."""
     padding: int
     budget: int
     """Tokens, prompts and answers together, of one batch."""
@@ -64,7 +64,7 @@ def batches_of(lengths: Sequence[int], how: Answering) -> list[Ints]:
 
 
 def complete(model: Any, prompts: Sequence[Tokens], how: Answering, device: torch.device) -> list[list[int]]:
-    """One batch of answers, each without the token that ended it."""
+    """One batch of answers."""
     width = max(len(prompt) for prompt in prompts)
     ids = np.full((len(prompts), width), how.padding, dtype=np.int64)
     mask = np.zeros_like(ids)
@@ -92,8 +92,8 @@ def complete(model: Any, prompts: Sequence[Tokens], how: Answering, device: torc
 
 
 def _until(tokens: list[int], stop: Sequence[int]) -> list[int]:
-    """Up to the first token that ends an answer."""
-    return tokens[: next((place for place, token in enumerate(tokens) if token in stop), len(tokens))]
+    """Up to the first token that ends an answer, and with it."""
+    return tokens[: next((place + 1 for place, token in enumerate(tokens) if token in stop), len(tokens))]
 
 
 @contextmanager

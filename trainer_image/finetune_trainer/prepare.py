@@ -27,7 +27,7 @@ from finetune_trainer.data.pipeline import Pipeline
 from finetune_trainer.data.policy import AcrossStages
 from finetune_trainer.data.records import Record
 from finetune_trainer.data.report import DatasetReport, worst
-from finetune_trainer.data.rewardmodel import inspect_reward_model
+from finetune_trainer.data.rewardmodel import inspect_judge, inspect_reward_model
 from finetune_trainer.data.rewardrules import check_rewards
 from finetune_trainer.data.shards import Upload
 from finetune_trainer.data.sources import Source, sources
@@ -142,7 +142,7 @@ def _prepare_stage(
     if config.spec.training.max_length > model.shape.max_positions:
         log.event("maxLength exceeds the model's positions", level="warning", positions=model.shape.max_positions)
     adapter = inspect_adapter(store, config.spec, model)
-    judge = inspect_reward_model(store, config.spec, model)
+    rewards, judge = inspect_reward_model(store, config.spec, model), inspect_judge(store, config.spec, model)
     found = sources(store, spec := with_rows(config.spec, config.scratch_uri))
     seeds = SeedWriter(folder / SEEDS)
     upload: Upload = lambda path, key: store.upload(path, join(data_uri, key))  # noqa: E731
@@ -162,7 +162,12 @@ def _prepare_stage(
     check_rewards(store, config.spec.method, model.encoder.tokenizer, data_uri, pipeline.shards)
     classes = pipeline.classes()
     store.put_bytes(join(data_uri, "data-report.json"), _report(config, model, pipeline.reports))
-    known = {"adapter": adapter, "reward_model": judge.files, "reward_parameters": judge.parameters}
+    known = {
+        "adapter": adapter,
+        "reward_model": rewards.files,
+        "judge": judge.files,
+        "reward_parameters": rewards.parameters + judge.parameters,
+    }
     index = _index(config, model, found, pipeline, classes).model_copy(update=known)
     if index.train_bytes > config.data_cache_bytes:
         index = index.model_copy(update={"outline": _outline(store, config, data_uri, pipeline.outline.path)})

@@ -115,6 +115,10 @@ def pull(config: RunConfig, work: WorkDir) -> None:
         models = {
             "spec.baseModel.uri": model_files(config, index, work),
             "spec.baseModel.adapterUri": adapter_files(store, index.adapter, work.adapter),
+            # All stages are judged by the same.
+            "spec.evaluation.rewardModel.uri": adapter_files(
+                store, next((part.prepared.judge for part in parts.values() if part.prepared.judge), []), work.judge
+            ),
         } | {
             f"spec.stages[{stage.number}].generate.teacher.uri": teacher_files(
                 stage.generate, parts[stage.name].prepared, work.of_stage(stage.name)

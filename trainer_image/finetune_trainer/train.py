@@ -92,7 +92,7 @@ def train(run: StageRun, signals: Signals, reporter: Reporter, end: "End") -> No
     trainer = make_trainer(spec.method, tuned, args, batches, rewards)
     if keeps_reference(run.stages, run.number):
         trainer.reference = FirstValues()
-    evaluator = Evaluator(config, run.stage.name, start.model, data, ranks, store)
+    evaluator = Evaluator(config, work, start.model, data, ranks, store)
     course = Course(
         trainer,
         config,

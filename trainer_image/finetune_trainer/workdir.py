@@ -43,6 +43,11 @@ class WorkDir:
         return self.root / "reward-model" / self.stage
 
     @property
+    def judge(self) -> Path:
+        """The reward model of spec.evaluation."""
+        return self.root / "judge"
+
+    @property
     def data(self) -> Path:
         return self.root / "data" / self.stage
 

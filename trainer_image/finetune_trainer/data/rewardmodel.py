@@ -1,4 +1,4 @@
-"""The reward model that a method names (rewardModel.uri): is it one, and does it read the base model's tokens?"""
+"""The reward model that a method or the evaluation names: is it one, and does it read the base model's tokens?"""
 
 import json
 import math
@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from finetune_api.failures import FineTuneError, Reason
 from finetune_api.job import FineTuneJobSpec
 from finetune_api.manifest import MANIFEST_KEY
+from finetune_api.method import ModelRef
 from finetune_api.modelfiles import SCORES, Tensor, invalid, parse_config
 from finetune_api.run import PinnedObject
 from finetune_trainer.data.adapter import CONFIG, WEIGHTS, check_manifest
@@ -27,20 +28,27 @@ class Judge(NamedTuple):
 
 
 def inspect_reward_model(store: Store, spec: FineTuneJobSpec, model: BaseModel) -> Judge:
-    """A whole model with one score, or the adapter of one on this job's base model; nothing where none is named.
-
-    Raises ModelInvalid with what does not fit.
-    """
+    """What the method names; nothing where it names none. Raises ModelInvalid with what does not fit."""
     rollout = spec.method.rollout
-    if rollout is None or rollout.reward_model is None:
+    named = rollout.reward_model if rollout else None
+    return _inspected(store, named, f"spec.method.{spec.method.type.lower()}.rewardModel.uri", model)
+
+
+def inspect_judge(store: Store, spec: FineTuneJobSpec, model: BaseModel) -> Judge:
+    """The same for evaluation.rewardModel."""
+    return _inspected(store, spec.evaluation.reward_model, "spec.evaluation.rewardModel.uri", model)
+
+
+def _inspected(store: Store, named: ModelRef | None, field: str, model: BaseModel) -> Judge:
+    """A whole model with one score, or the adapter of one on this job's base model."""
+    if named is None:
         return Judge([], 0)
-    prefix = rollout.reward_model.uri.rstrip("/") + "/"
+    prefix = named.uri.rstrip("/") + "/"
     try:
         listed = {item.uri.removeprefix(prefix): item for item in store.list(prefix)}
         return _adapter(store, listed, model, prefix) if CONFIG in listed else _whole(store, listed, model, prefix)
     except FineTuneError as error:
         reason = Reason.MODEL_INVALID if error.reason == Reason.DATA_INVALID else error.reason
-        field = f"spec.method.{spec.method.type.lower()}.rewardModel.uri"
         raise FineTuneError(reason, f"{field}: {error}") from error
 
 

@@ -9,11 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from finetune_api.evaluation import EvaluationMetric
 from finetune_api.failures import FineTuneError
-from finetune_api.figures import HeldOut, name_of
+from finetune_api.figures import ANSWERS, HeldOut, name_of
 from finetune_api.run import RunConfig
 from finetune_trainer import log
 from finetune_trainer.batches import Examples
@@ -25,8 +26,12 @@ from finetune_trainer.evaluation.questions import Question, last_tokens, questio
 from finetune_trainer.evaluation.samples import SAMPLE_TOKENS, SAMPLES, Answered, Sample
 from finetune_trainer.feed import Data, sequences
 from finetune_trainer.generate import Answering, answers_to
+from finetune_trainer.model import attention_of, dtype_of
+from finetune_trainer.reward_model import RewardModel
 from finetune_trainer.shards import Classes, datasets_of
+from finetune_trainer.start import Start
 from finetune_trainer.storage import Store, join
+from finetune_trainer.workdir import WorkDir
 
 SPLITS: tuple[HeldOut, ...] = ("validation", "test", "retention")
 HEADROOM = 4
@@ -34,13 +39,14 @@ HEADROOM = 4
 
 
 class Evaluator:
-    """`model`: the folder of the model's files, where its tokenizer is; `name`: of the stage, else empty."""
+    """`model`: the folder of the model that the stage starts from, where its tokenizer is."""
 
-    def __init__(self, config: RunConfig, name: str, model: Path, data: Data, ranks: Ranks, store: Store) -> None:
+    def __init__(self, config: RunConfig, work: WorkDir, model: Path, data: Data, ranks: Ranks, store: Store) -> None:
         self._config, self._data, self._ranks, self._store = config, data, ranks, store
-        self._model = model
-        self._kept = join(config.scratch_uri, f"evaluation/{name or 'job'}.json")
+        self._work, self._model = work, model
+        self._kept = join(config.scratch_uri, f"evaluation/{work.stage or 'job'}.json")
         self._before: Answered | None = None
+        self._stop: set[int] = set()
         self.samples: list[Sample] = []
         """After `after`; on rank 0."""
 
@@ -55,6 +61,8 @@ class Evaluator:
     def after(self, trainer: Any) -> dict[str, float]:
         """Figures of the model as it is. Collective; raises Diverged."""
         answered = self._answer(trainer)
+        if self._before is None:
+            self._before = Answered.model_validate(self._ranks.from_main(self._read_before()))
         self.samples = self._samples(answered)
         return self._figures(trainer, answered, before=False)
 
@@ -62,6 +70,8 @@ class Evaluator:
         found: dict[str, float] = {}
         for split in SPLITS:
             own = self._measured(trainer, split) | self._scored(split, answered)
+            if not before:
+                own |= self._won(split, answered, trainer.batches.micro_batch)
             found |= {name_of(name, split, before): value for name, value in own.items()}
         # Rank 0's, so that all ranks hold the same to the last bit.
         found = self._ranks.from_main(found)
@@ -91,7 +101,11 @@ class Evaluator:
 
     @property
     def _metrics(self) -> list[EvaluationMetric]:
-        return [metric for metric in self._config.spec.evaluation.metrics if metric in SCORES]
+        return [metric for metric in self._config.spec.evaluation.metrics if metric in ANSWERS]
+
+    @property
+    def _judges(self) -> bool:
+        return "WinRate" in self._metrics
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
@@ -125,12 +139,15 @@ class Evaluator:
         return self._data.prepared.model.max_positions - self._config.spec.tuning.virtual_tokens
 
     def _answer(self, trainer: Any) -> Answered:
-        found: dict[HeldOut, list[str]] = {}
+        found: dict[HeldOut, list[list[int]]] = {}
         for split, asked in self._questions.items():
             with trainer.accelerator.autocast():
                 answers = answers_to(trainer.model, [q.prompt for q in asked], self._how(trainer, split), self._ranks)
-            found[split] = [self._decode(answer).strip() for answer in answers]
+            found[split] = answers
         return Answered(answers=found)
+
+    def _text(self, answer: Sequence[int]) -> str:
+        return self._decode([token for token in answer if token not in self._stop]).strip()
 
     def _how(self, trainer: Any, split: HeldOut) -> Answering:
         tokenizer, data = self._tokenizer, self._data
@@ -141,6 +158,7 @@ class Evaluator:
         for told in (trainer.model.config.get_text_config(), trainer.model.generation_config):
             stop |= set(told.eos_token_id if isinstance(told.eos_token_id, list) else [told.eos_token_id])
         stop -= {None}
+        self._stop |= stop
         return Answering(
             max_new_tokens=longest if self._metrics else min(SAMPLE_TOKENS, longest),
             positions=self._positions,
@@ -158,10 +176,34 @@ class Evaluator:
         asked, answers, groups = self._questions[split], answered.answers[split], self._data.held[split].groups
         found: dict[str, float] = {}
         for suffix, chosen in _parts(asked, groups):
-            said, wanted = [answers[i] for i in chosen], [[asked[i].reference] for i in chosen]
-            for metric in self._metrics:
+            said, wanted = [self._text(answers[i]) for i in chosen], [[asked[i].reference] for i in chosen]
+            for metric in (metric for metric in self._metrics if metric in SCORES):
                 found |= {f"{name}{suffix}": value for name, value in SCORES[metric](said, wanted).items()}
         return found
+
+    def _won(self, split: HeldOut, answered: Answered, batch: int) -> dict[str, float]:
+        """The share of questions whose answer is better now than before; one as good as before is half of one."""
+        now, before = answered.answers.get(split), self._before.answers.get(split) if self._before else None
+        if not self._judges or not now or before is None or len(before) != len(now):
+            return {}
+        asked, wins = self._questions[split], np.zeros(len(now))
+        for start in range(self._ranks.rank * batch, len(asked), self._ranks.world_size * batch):
+            places = range(start, min(start + batch, len(asked)))
+            new, old = (
+                self._judge.score([np.concatenate([asked[i].prompt, np.array(said[i], np.int64)]) for i in places])
+                for said in (now, before)
+            )
+            wins[start : start + batch] = ((new > old).double() + (new == old).double() / 2).cpu().numpy()
+        wins = np.array(self._ranks.sum(wins.tolist()))
+        parts = _parts(asked, self._data.held[split].groups)
+        return {f"winRate{suffix}": float(wins[chosen].mean()) for suffix, chosen in parts}
+
+    @cached_property
+    def _judge(self) -> RewardModel:
+        place, work = self._work.judge, self._work
+        start = Start(work.model, place) if (place / "adapter_config.json").exists() else Start(place, None)
+        dtype = dtype_of(self._config.spec, self._config.devices)
+        return RewardModel(start, dtype, attention_of(dtype, self._config.devices), self._ranks.device)
 
     def _samples(self, answered: Answered) -> list[Sample]:
         """Of the validation data, else of the test data: some of every dataset."""
@@ -170,7 +212,7 @@ class Evaluator:
         split: HeldOut | None = next((s for s in SPLITS if answered.answers.get(s)), None)
         if split is None:
             return []
-        before = (self._before or self._read_before()).answers.get(split)
+        before = self._before.answers.get(split) if self._before else None
         asked, dataset = self._questions[split], sequences(self._data.held[split].data).dataset
         names = datasets_of(self._data.prepared, [d.name for d in self._config.spec.datasets], split)
         return [
@@ -179,19 +221,22 @@ class Evaluator:
                 dataset=names[int(dataset[asked[i].place])],
                 prompt=self._decode(asked[i].prompt.tolist()),
                 reference=asked[i].reference,
-                before=before[i] if before and len(before) == len(asked) else None,
-                after=answered.answers[split][i],
+                before=self._text(before[i]) if before and len(before) == len(asked) else None,
+                after=self._text(answered.answers[split][i]),
             )
             for i in _spread([int(dataset[q.place]) for q in asked], SAMPLES)
         ]
 
-    def _read_before(self) -> Answered:
-        """What an earlier attempt has kept."""
+    def _read_before(self) -> dict[str, Any]:
+        """What an earlier attempt has kept: an `Answered`. By rank 0."""
+        if not self._ranks.is_main or not self._questions:
+            return {}
         try:
-            return Answered.model_validate_json(self._store.get_bytes(self._kept, 256 * 2**20))
+            kept = self._store.get_bytes(self._kept, 256 * 2**20)
+            return Answered.model_validate_json(kept).model_dump(mode="json")
         except (FineTuneError, ValueError) as error:
             log.event("answers before training are not known", level="warning", why=str(error))
-            return Answered()
+            return {}
 
 
 def _parts(asked: Sequence[Question], groups: Groups) -> list[tuple[str, list[int]]]:

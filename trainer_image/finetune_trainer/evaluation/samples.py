@@ -25,4 +25,5 @@ class Answered(BaseModel):
     """The answers of one moment, as they are kept in the scratch prefix: by split, one for each question."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    answers: dict[HeldOut, list[str]] = {}
+    answers: dict[HeldOut, list[list[int]]] = {}
+    """Tokens."""
