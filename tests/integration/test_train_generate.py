@@ -23,7 +23,7 @@ pytestmark = pytest.mark.integration
 PAIRS = [Pair(f"Repeat {one} {two}", f"{one} {two}") for one, two in itertools.permutations(GOOD, 2)]
 KNOWN = PAIRS[::4]
 """What the user has; the rest is for the model to find."""
-GENERATE = {"count": 10, "shots": 1, "maxNewTokens": 40, "temperature": 1.0, "maxSimilarity": 0.9}
+GENERATE = {"count": 24, "shots": 1, "maxNewTokens": 40, "temperature": 1.0, "maxSimilarity": 0.9}
 SEEDS = [{"name": "known", "uri": "s3://bucket/data/known.jsonl"}]
 ROWS = [{"name": "more", "uri": "stage://more"}]
 
@@ -102,7 +102,7 @@ def test_rows_are_new_say_where_they_come_from_and_are_learned(alone: StagedJob)
         assert set(row["source"]) == {"stage", "model", "request", "seeds"}
         assert -10 < row["score"] < 0
     report = json.loads(alone.s3.get(alone.config.scratch_uri + "data/learn/data-report.json"))
-    assert [(d["name"], d["format"], d["read"]) for d in report["datasets"]] == [("more", "Instruction", len(rows))]
+    assert [(d["name"], d["format"], d["rowsRead"]) for d in report["datasets"]] == [("more", "Instruction", len(rows))]
     uri = f"{alone.config.output_uri}attempt-0/manifest.json"
     metrics = json.loads(alone.s3.get(uri))["run"]["metrics"]
     assert metrics["more/rowsKept"] == len(rows)

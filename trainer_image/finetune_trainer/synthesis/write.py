@@ -74,8 +74,9 @@ def generate(run: StageRun, signals: Signals, reporter: Reporter) -> None:
     filters = Filters(options, [pair.instruction for pair in seeds.pool] + seeds.held_out)
     written = Written.model_validate(ranks.from_main(_partial(run, store) if ranks.is_main else {}))
     filters.resume([row["instruction"] for row in written.rows], written.dropped)
-    reporter.phase("Training")
+    # From here on a signal waits for the end of the round, so that no row is lost.
     signals.deferred, saved, started = True, time.monotonic(), time.monotonic()
+    reporter.phase("Training")
     first = len(written.rows)
     while len(written.rows) < options.count and written.requests < PATIENCE * options.count:
         if ranks.any([signals.received])[0]:
