@@ -141,6 +141,7 @@ DECAY = [0.5 + 2 * math.exp(-i / 40) for i in range(200)]
         pytest.param([0.69, *[0.001] * 100, *[0.5] * 20], id="from almost nothing to little"),
         pytest.param([2.0 + 0.01 * i for i in range(100)], id="rises slowly"),
         pytest.param([3.0, *[0.4] * 60, *[2.0] * 30], id="back to where it began"),
+        pytest.param([2.0, *[9.0] * 20], id="an easy first batch"),
         pytest.param([2.0, 9.0, 9.0, 9.0], id="too short to tell"),
     ],
 )
@@ -156,6 +157,7 @@ def test_curves_that_are_fine(losses: list[float]) -> None:
         pytest.param([*noise(3, DECAY, 0.3)[:100], *noise(4, [12.0] * 20, 0.1)], 105, id="breaks out of noise"),
         pytest.param([*DECAY[:50], *(DECAY[49] * 1.5**i for i in range(20))], None, id="grows"),
         pytest.param([2.5] * 8 + [40.0 * 2**i for i in range(12)], 13, id="early"),
+        pytest.param([5.7, 5.6, 4.2, *(32.0 * 2**i for i in range(12))], 8, id="before there is a median"),
     ],
 )
 def test_a_loss_that_explodes(losses: list[float], at: int | None) -> None:

@@ -21,7 +21,7 @@ START_FACTOR = 1.5
 RECENT = 50
 """Logged losses that the median is of."""
 LEAST = 5
-"""Logged losses that a median needs."""
+"""Logged losses that are normal whatever they are."""
 IN_A_ROW = 5
 """Suspicious losses one after the other that are a divergence: single ones come of single batches."""
 RISE = 0.02
@@ -78,11 +78,11 @@ def suspicious(history: History) -> int:
     normal: list[float] = []
     found = 0
     for loss in losses[-4 * RECENT :]:
-        if len(normal) >= LEAST and loss > max(FACTOR * median(normal[-RECENT:]), START_FACTOR * losses[0]):
-            found += 1
-        else:
+        high = bool(normal) and loss > max(FACTOR * median(normal[-RECENT:]), START_FACTOR * losses[0])
+        found = found + 1 if high else 0
+        # The first one alone may be of an easy batch: a few are normal whatever they are.
+        if not high or len(normal) < LEAST:
             normal.append(loss)
-            found = 0
     return found
 
 
