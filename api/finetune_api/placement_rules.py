@@ -16,14 +16,17 @@ def problems(stage: EffectiveStage) -> Iterator[Problem]:
 def _batches(stage: EffectiveStage) -> Iterator[Problem]:
     training, distribution = stage.spec.training, stage.spec.distribution
     processes = distribution.workers * distribution.gpus_per_worker
-    per_process, rest = divmod(training.global_batch_size, processes)
+    rollout = stage.spec.method.rollout
+    answers = rollout.answers if rollout else 1
+    what = "examples" if answers == 1 else f"answers, {answers} to a prompt,"
+    per_process, rest = divmod(training.global_batch_size * answers, processes)
     path = stage.path("training")
     if rest:
         text = f"found {training.global_batch_size}; it must be a multiple of the {processes} processes"
-        example = max(1, per_process) * processes
+        example = max(1, training.global_batch_size // processes) * processes
         yield Problem((*path, "globalBatchSize"), f"{text} (workers x gpusPerWorker), for example {example}")
     elif training.micro_batch_size and per_process % training.micro_batch_size:
-        text = f"found {training.micro_batch_size}; it must divide the {per_process} examples that each process takes"
+        text = f"found {training.micro_batch_size}; it must divide the {per_process} {what} that each process takes"
         yield Problem((*path, "microBatchSize"), f"{text} of a global batch of {training.global_batch_size}")
 
 

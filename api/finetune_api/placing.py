@@ -14,14 +14,16 @@ def request_of(stages: Sequence[EffectiveStage], number: int, max_tokens: int = 
     spec, stage = stages[number].spec, stages[number]
     packing = spec.method.sft is not None and spec.method.sft.packing
     longest = spec.training.max_length if packing else min(spec.training.max_length, max_tokens or 2**31)
+    rollout = spec.method.rollout
     return Request(
         tuning=spec.tuning,
         dtype=spec.base_model.dtype,
-        sequence_length=longest,
+        # What was prepared are prompts: the answers follow them.
+        sequence_length=longest + (rollout.max_new_tokens if rollout else 0),
         sequences=2 if kind_of(spec.method.type, spec.datasets) == "Pairs" else 1,
         head=stage.has_head,
         reference=keeps_reference(stages, number),
-        global_batch_size=spec.training.global_batch_size,
+        global_batch_size=spec.training.global_batch_size * (rollout.answers if rollout else 1),
         micro_batch_size=spec.training.micro_batch_size,
         world_size=spec.distribution.workers * spec.distribution.gpus_per_worker,
         strategy=spec.distribution.strategy,

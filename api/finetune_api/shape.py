@@ -59,6 +59,7 @@ class Request(ApiModel):
     reference: bool = False
     """Whether the first values of what is trained are kept beside it."""
     global_batch_size: Annotated[int, Field(ge=1)]
+    """Examples of an optimizer step; answers, where the model learns from its own."""
     micro_batch_size: Count = 0
     world_size: Annotated[int, Field(ge=1)]
     strategy: Literal["Auto", "DDP", "ZeRO1", "ZeRO2", "ZeRO3"] = "Auto"
