@@ -52,7 +52,11 @@ def _serving(path: Path) -> Iterator[Path]:
     finally:
         process.stdin.close()
         process.stdout.close()
-        process.wait(20)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:  # a machine that is busy
+            process.kill()
+            process.wait()
 
 
 def serve(path: str) -> None:
