@@ -37,6 +37,7 @@ class Gate(ApiModel):
     """What a figure of the result must reach; where it does not, the adapter is kept and the job fails."""
 
     metric: MetricName
+    """`rougeL`, `testLoss`, `evalLoss.<dataset>`, `evalLoss.<dataset>.<slice>`, `<stage>/evalLoss`, `evalLossBefore`."""
     operator: Literal["AtLeast", "AtMost"]
     value: float
 
@@ -51,6 +52,9 @@ class Generation(ApiModel):
 
 class Evaluation(ApiModel):
     metrics: Annotated[list[EvaluationMetric], Field(max_length=13)] = ["Loss", "Perplexity"]
+    """Before and after training. What the method measures is measured in any case; those that compare answers (from
+    ExactMatch on, and F1) let the model write some. Bleu and Chrf are from 0 to 100, all others from 0 to 1; Meteor
+    matches words and stems, not synonyms."""
     every_steps: Annotated[int, Field(ge=0, le=100_000_000)] = 0
     """Optimizer steps between evaluations on the validation data while training; 0: ten times in all with
     earlyStopping, else only before and after."""
