@@ -185,6 +185,23 @@ def model_shape(config: Mapping[str, Any], tensors: Mapping[str, Tensor], tuning
     )
 
 
+def llama_tensors(hidden: int, layers: int, intermediate: int, vocab: int, key_value: int) -> dict[str, Tensor]:
+    """The weights of a model of the Llama family, for one whose files are not there."""
+    attention = {"q_proj": (hidden, hidden), "o_proj": (hidden, hidden)}
+    attention |= {"k_proj": (key_value, hidden), "v_proj": (key_value, hidden)}
+    mlp = {"gate_proj": (intermediate, hidden), "up_proj": (intermediate, hidden), "down_proj": (hidden, intermediate)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocab, hidden),
+        "lm_head.weight": (vocab, hidden),
+    }
+    for layer in range(layers):
+        at = f"model.layers.{layer}"
+        shapes |= {f"{at}.self_attn.{name}.weight": shape for name, shape in attention.items()}
+        shapes |= {f"{at}.mlp.{name}.weight": shape for name, shape in mlp.items()}
+        shapes |= {f"{at}.{name}.weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
+    return {name: Tensor("BF16", shape) for name, shape in (shapes | {"model.norm.weight": (hidden,)}).items()}
+
+
 def _key_value_size(config: Mapping[str, Any], hidden: int, uri: str) -> int:
     heads = number(config, "heads", uri, default=1)
     width = config.get("head_dim")

@@ -22,6 +22,7 @@ __all__ = [
     "Strategy",
     "Term",
     "explain",
+    "gpu_hours",
     "memory",
     "size",
     "terms",
@@ -135,6 +136,16 @@ def explain(shape: ModelShape, request: Request, device: Device) -> Explanation:
         if way._replace(micro=taken.micro) != taken
     ]
     return Explanation(sizing, taken, terms(shape, request, device, taken), budget, others)
+
+
+def gpu_hours(shape: ModelShape, tuning: Tuning, tokens: int, tflops: float, recomputed: bool = False) -> float:
+    """Hours of one GPU that does `tflops` in this job, over `tokens` tokens, padding and repetitions included.
+
+    A token costs 2 P operations forward, 2 P for what flows back, 2 T for the gradients of what is trained (Kaplan et
+    al. 2020, with T = P), and recomputation the forward pass once more; attention's own share is left out.
+    """
+    flops = (4 + 2 * recomputed) * shape.parameters + 2 * trainable_parameters(shape, tuning)
+    return tokens * flops / (tflops * 1e12) / 3600
 
 
 def _micro_batches(request: Request) -> list[int]:

@@ -104,6 +104,12 @@ class Store:
                 raise CliError(f"{location} has {answer['ContentLength']} bytes; at most {limit} are expected")
             return answer["Body"].read()
 
+    def part(self, location: Location, start: int, length: int) -> bytes:
+        """Some bytes of an object."""
+        with _in_words(location):
+            wanted = f"bytes={start}-{start + length - 1}"
+            return self._client.get_object(Bucket=location.bucket, Key=location.key, Range=wanted)["Body"].read()
+
     def chunks(self, location: Location, size: int) -> Iterator[bytes]:
         """An object's body, piece by piece."""
         with _in_words(location):
