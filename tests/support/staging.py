@@ -1,6 +1,7 @@
 """Jobs with stages as pods run them: prepare, then attempts of real launchers over a real S3 protocol, on CPUs."""
 
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from finetune_api.run import RunConfig
 from finetune_api.sizing import Sizing
 from finetune_api.stages import effective
 from support.runs import make_run_config, pod_environment
-from support.s3 import S3, unused_port
+from support.s3 import S3
 
 Row = dict[str, Any]
 
@@ -107,15 +108,17 @@ class StagedJob:
         config = self.config.model_copy(update={"attempt": self.attempts})
         directory = self.directory / f"attempt-{self.attempts}"
         self.attempts += 1
-        attempt, port = Attempt(directory, config), unused_port()
+        attempt = Attempt(directory, config)
+        # Addresses of its own, as a pod has: on a shared one the next port may be anybody's.
+        network = f"127.{random.randint(1, 254)}.{random.randint(0, 255)}"
         for worker in range(config.devices.workers):
             pod = directory / f"pod-{worker}"
             pod.mkdir(parents=True)
             own = {
                 "FINETUNE_ATTEMPT_UID": directory.name,
                 "FINETUNE_WORKER_INDEX": str(worker),
-                "FINETUNE_MASTER_ADDR": "127.0.0.1",
-                "FINETUNE_MASTER_PORT": str(port),
+                "FINETUNE_POD_IP": f"{network}.{worker + 1}",
+                "FINETUNE_MASTER_ADDR": f"{network}.1",
                 "OMP_NUM_THREADS": "1",
                 "HF_HUB_OFFLINE": "1",
             }
