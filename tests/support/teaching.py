@@ -28,7 +28,7 @@ def rows(dataset: dict[str, Any], unpaired: bool = False) -> Iterator[dict[str, 
 
     `unpaired`: Preference as a completion and whether it is good.
     """
-    form = dataset.get("format", "PromptCompletion")
+    form = dataset.get("format", "Auto").replace("Auto", "PromptCompletion")
     named = {role: name for role, name in (dataset.get("columns") or {}).items() if name}
     needed = dict.fromkeys((*NEEDED[form], *named))
     if form == "Preference" and unpaired:
