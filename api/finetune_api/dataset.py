@@ -26,6 +26,7 @@ class Columns(ApiModel):
     label: Column | None = None
     context: Column | None = None
     slice: Column | None = None
+    """Held-out figures are told for each of its values: the 20 most frequent ones, or 19 and the rest as `other`."""
 
 
 Format = Literal["Auto", "Messages", "PromptCompletion", "Instruction", "Text", "Preference", "Labelled", "PromptOnly"]

@@ -37,7 +37,7 @@ class Gate(ApiModel):
     """What a figure of the result must reach; where it does not, the adapter is kept and the job fails."""
 
     metric: MetricName
-    """`rougeL`, `testLoss`, `evalLoss.<dataset>`, `evalLoss.<dataset>.<slice>`, `<stage>/evalLoss`, `evalLossBefore`."""
+    """`rougeL`, `testLoss`, `evalLossBefore`, `evalLoss.<dataset>`, `evalLoss.<dataset>.<slice>`, `<stage>/rougeL`."""
     operator: Literal["AtLeast", "AtMost"]
     value: float
 

@@ -1,6 +1,7 @@
 """What is wrong with a job's inputs ends prepare in one sentence that names field, key or line."""
 
 import gzip
+import io
 import json
 import re
 import struct
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from finetune_api.failures import FineTuneError, Reason
@@ -70,6 +72,15 @@ def line(number: int, text: bytes) -> bytes:
     return b"".join([*lines[: number - 1], text, *lines[number:]])
 
 
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1\nsize 9\n"
+
+
+def parquet(**columns: list[Any]) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns), buffer)
+    return buffer.getvalue()
+
+
 FILES: dict[str, tuple[str, bytes, str]] = {
     "invalid JSON": ("p.jsonl", line(7, b'{"prompt": "x", \n'), "line 7: invalid JSON at column 16"),
     "a list": ("p.jsonl", line(3, b"[1, 2]\n"), "line 3: found a list; each line must be one JSON object"),
@@ -121,6 +132,35 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "a text that reserves our marks": (
         "p.jsonl", line(2, json.dumps({"prompt": "\ufdd2", "completion": "x"}).encode() + b"\n"), "noncharacter"),
     "no rows": ("p.jsonl", b"\n\n", "there are no rows"),
+    "a pointer of Git LFS": ("p.jsonl", LFS, "the file is a pointer of Git LFS; upload the data"),
+    "a pointer of Git LFS for parquet": ("p.parquet", LFS, "the file is a pointer of Git LFS; upload the data"),
+    "a pretty JSON array": (
+        "p.jsonl", json.dumps([{"prompt": "x", "completion": "y"}], indent=1).encode(), "line 1: invalid JSON at"),
+    "a JSON array in one line": (
+        "p.jsonl", b'[{"prompt": "x", "completion": "y"}]', "line 1: found a list; each line must be one JSON object"),
+    "a web page": ("p.jsonl", b"<!DOCTYPE html>\n<html>403</html>\n", "line 1: invalid JSON at column 1"),
+    "a zip archive": ("p.jsonl.gz", b"PK\x03\x04" + bytes(60), "line 1: the compressed data end or break here"),
+    "a cut parquet file": ("p.parquet", parquet(prompt=["a"] * 99, completion=["b"] * 99)[:-30], "is not a readable"),
+    "a parquet file of numbers": (
+        "p.parquet", parquet(prompt=[1, 2], completion=["a", "b"]), "row 1: `prompt` must be text; found int"),
+    "a parquet file of bytes": (
+        "p.parquet", parquet(prompt=[b"a"], completion=["b"]), "row 1: `prompt` must be text; found bytes"),
+    "a CSV in UTF-16": ("p.csv", "prompt,completion\na,b\n".encode("utf-16"), "line 1: the file is UTF-16 or UTF-32"),
+    "a CSV in Latin-1": (
+        "p.csv", "prompt,completion\nü,b\n".encode("latin-1"), "line 2: byte 1 of the line is not UTF-8"),
+    "a column without a name": (
+        "p.csv", b"prompt,,completion\na,b,c\n", "line 1: the first line must name the columns"),
+    "a quote that is never closed": (
+        "p.csv", b'prompt,completion\na,"' + b"x\n" * 100_000, "line \\d+: invalid CSV"),
+    "nothing where text should be": (
+        "p.jsonl", line(3, b'{"prompt": null, "completion": "x"}\n'), "line 3: `prompt` must be text; found NoneType"),
+    "a number that is none": (
+        "p.jsonl", line(3, b'{"prompt": NaN, "completion": "x"}\n'), "line 3: `prompt` must be text; found float"),
+    "a conversation without turns": ("p.jsonl", b'{"messages": []}\n', "line 1: `messages`"),
+    "a turn without words": (
+        "p.jsonl", b'{"messages": [{"role": "user"}, {"role": "assistant", "content": "x"}]}\n', "line 1: `messages"),
+    "a conversation in one string": ("p.jsonl", b'{"messages": "hello"}\n', "line 1: `messages`"),
+    "turns that are strings": ("p.jsonl", b'{"messages": ["hello"]}\n', "line 1: `messages"),
     "an unknown kind": ("p.json", GOOD, "is of no known kind; names end in .jsonl"),
 }  # fmt: skip
 
@@ -224,6 +264,12 @@ def test_columns_that_fit_two_formats_are_not_guessed(s3: S3) -> None:
     )
 
 
+def test_columns_that_fit_no_format_are_told(s3: S3) -> None:
+    s3.put("s3://bucket/data/pairs.csv", b"prompt;completion\na;b\n")
+    error = refusal(configured(s3, datasets=[{"name": "pairs", "uri": "s3://bucket/data/pairs.csv"}]))
+    assert str(error).startswith("spec.datasets[0].format: found the columns prompt;completion, which fit no format")
+
+
 Change = Callable[[dict[str, bytes]], dict[str, bytes]]
 
 
@@ -279,6 +325,8 @@ MODELS: dict[str, tuple[Change, str]] = {
         lambda f: f | {"model.safetensors.index.json": b"[]"}, "is not an index of safetensors files"),
     "weights that are cut off": (
         lambda f: f | {"model.safetensors": f["model.safetensors"][:-100]}, "model.safetensors: .*it is cut off"),
+    "weights that are a pointer of Git LFS": (
+        lambda f: f | {"model.safetensors": LFS}, "model.safetensors is a pointer of Git LFS; upload the file that it"),
     "weights that are none": (lambda f: f | {"model.safetensors": b"\xff" * 64}, "is not a safetensors file"),
     "overlapping tensors": (with_header(_move), "do not follow each other without a gap"),
     "an embedding of another size": (

@@ -184,3 +184,23 @@ def test_expressions_are_tried_on_the_rows(s3: S3) -> None:
     rows = [*ROWS, {"prompt": "And now?"}]
     with pytest.raises(FineTuneError, match=r"'None' has no attribute 'lower' \(prompt \d of rows, reference None"):
         prepare(configured(s3, "GRPO", rows, **rule("completion == reference.lower()")))
+
+
+def test_the_model_that_judges_the_evaluation_is_checked_and_pulled(s3: S3, tmp_path: Path) -> None:
+    s3.put("s3://bucket/data/pairs.jsonl", b'{"prompt": "What is 1?", "completion": " One."}\n' * 4)
+    spec: dict[str, Any] = {
+        "dataPolicy": {"duplicates": "Warn"},
+        "evaluation": {"metrics": ["WinRate"], "rewardModel": {"uri": JUDGE}},
+    }
+    config = make_run_config(endpoint=s3.endpoint, baseModel={"uri": "s3://bucket/models/tiny/"}, **spec)
+    with pytest.raises(FineTuneError, match=r"^spec\.evaluation\.rewardModel\.uri: ") as error:
+        prepare(config)
+    assert error.value.reason == Reason.MODEL_INVALID
+    put(s3, make_judge(tmp_path / "judge"), JUDGE)
+    message = prepare(config)
+    assert message.prepared
+    assert message.prepared.reward_parameters > 0
+    work = WorkDir(tmp_path / "pod")
+    pull(config.model_copy(update={"prepared": message.prepared}), work)
+    assert (work.judge / "model.safetensors").read_bytes() == (tmp_path / "judge/model.safetensors").read_bytes()
+    assert not work.reward_model.exists()

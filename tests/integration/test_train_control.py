@@ -6,8 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from finetune_api.failures import EXIT_CODES, Reason
+from finetune_trainer import state
+from finetune_trainer.publish import fetch_verified
+from finetune_trainer.storage import Store
 from support.gang import Gang, make_gang, make_tiny_model
 from support.s3 import S3, running_s3
 
@@ -152,6 +157,12 @@ def test_what_diverges_ends_with_its_last_good_checkpoint(s3: S3, model: Path, t
     (said,) = {message.message for message in messages}
     assert "the training loss has risen from" in said
     assert "a lower training.learningRate (now 4)" in said
-    assert said.endswith(
-        f"the last good checkpoint is of step {good}: {gang.config.scratch_uri}checkpoints/step-{good:08d}/"
-    )
+    scratch = gang.config.scratch_uri
+    assert f"the last good checkpoint is of step {good}: {scratch}checkpoints/step-{good:08d}/" in said
+    published = f"{scratch}good/job/step-{good:08d}/"
+    assert said.endswith(f"a job can start from its weights with baseModel.uri {published}")
+    fetch_verified(Store(gang.config.storage), f"{published}manifest.json", tmp_path / "good")
+    kept = AutoModelForCausalLM.from_pretrained(tmp_path / "good").state_dict()
+    saved = state.parameters_of(gang.work(0).checkpoints / f"step-{good:08d}")
+    assert saved
+    assert all(torch.equal(kept[name], value.to(kept[name].dtype)) for name, value in saved.items())

@@ -226,3 +226,36 @@ def test_preferences_are_measured_on_the_test_split_too(method: str, s3: S3, mod
         for moment in ("Before", ""):
             own = {"Loss": "evalLoss", "RewardMargin": "rewardMargin"}.get(name, "preferenceAccuracy")
             assert found.metrics[f"test{name}{moment}"] == pytest.approx(found.metrics[f"{own}{moment}"], abs=1e-6)
+
+
+def test_what_was_answered_before_is_known_after_a_restart(s3: S3, model: Path, tmp_path: Path) -> None:
+    """The second attempt did not see the model as it was; what the first one wrote down still counts."""
+    rows = strides(4, 7, 11, 8)
+    spec: dict[str, Any] = {
+        "workers": 1,
+        "micro_batch": 8,
+        "bucket_prefix": "restart",
+        "training": {"maxSteps": 60, "globalBatchSize": 8, "learningRate": 0.01},
+        "evaluation": {
+            "metrics": ["WinRate"],
+            "generation": {"maxNewTokens": 8},
+            "rewardModel": {"uri": "s3://bucket/judge/"},
+        },
+    }
+    gangs = []
+    for attempt in range(2):
+        held = {"validation": {"known": {"": rows}}}
+        gang = make_measured_gang(tmp_path / str(attempt), s3, model, held, {"known": rows * 4}, **spec)
+        gang.attempt_uid = f"attempt-{attempt}"
+        make_judge(gang.work(0).judge)
+        gangs.append(gang)
+    first, second = gangs
+    first.start()
+    first.until(lambda: len(first.events("step")) >= 2)
+    first.signal(0)
+    assert [message.reason for message in first.wait()] == [Reason.PREEMPTED]
+    message = second.run()
+    assert message.resumed_from_step
+    assert message.result
+    assert 0 <= message.result.metrics["winRate"] <= 1
+    assert not second.events("answers before training are not known")

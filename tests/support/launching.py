@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from finetune_api.failures import TerminationMessage
 from support.runs import make_run_config, pod_environment
@@ -79,11 +80,12 @@ def launched(
     processes: int = 2,
     workers: int = 1,
     env: dict[str, str] | None = None,
+    **spec: Any,
 ) -> Iterator[Launch]:
     """Runs a launcher whose ranks run the Python text `rank` (after HEAD)."""
     for name, text in (("pull.py", pull), ("rank.py", rank)):
         (directory / name).write_text(HEAD + text)
-    config = make_run_config(workers=workers, processes=processes, grace_seconds=grace_seconds)
+    config = make_run_config(workers=workers, processes=processes, grace_seconds=grace_seconds, **spec)
     variables = pod_environment(directory, config, **(env or {}))
     command = [sys.executable, "-c", DRIVER, str(directory / "pull.py"), str(directory / "rank.py")]
     process = subprocess.Popen(

@@ -3,6 +3,7 @@
 import gzip
 import io
 from pathlib import Path
+from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -46,6 +47,29 @@ def test_a_line_without_end_does_not_fill_the_memory(monkeypatch: pytest.MonkeyP
         list(read_stream(io.BytesIO(data), "s3://b/x.jsonl.gz"))
 
 
+class Endless(io.RawIOBase):
+    """A file of a gigabyte in one line, which knows how much of it was read."""
+
+    count = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        size = min(len(buffer), 2**30 - self.count)
+        buffer[:size] = b"x" * size
+        self.count += size
+        return size
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.csv"])
+def test_of_a_line_of_a_gigabyte_only_the_beginning_is_read(name: str) -> None:
+    stream = Endless()
+    with pytest.raises(FineTuneError, match=r"line 1: the line has more than 16,777,216 bytes"):
+        list(read_stream(cast(BinaryIO, io.BufferedReader(stream, 2**20)), f"s3://b/{name}"))
+    assert stream.count <= readers.LINE_LIMIT + 2 * 2**20
+
+
 def test_fields_of_a_csv_may_hold_line_ends_and_quotes() -> None:
     data = b'prompt,completion\r\n"a\nb","say ""hi"""\r\nc,d\r\n'
     rows = list(read_stream(io.BytesIO(data), "s3://b/x.csv"))
@@ -62,3 +86,33 @@ def test_parquet_rows_are_numbered_over_batches(tmp_path: Path, monkeypatch: pyt
     rows = list(read_parquet(tmp_path / "x.parquet", "s3://b/x.parquet"))
     assert [(row.number, row.value["a"]) for row in rows] == [(i + 1, i) for i in range(5)]
     assert place("s3://b/x.parquet", 3) == "s3://b/x.parquet row 3"
+
+
+def test_a_parquet_file_of_pages_that_unpack_enormously_is_refused_unread(tmp_path: Path) -> None:
+    table = pa.table({"prompt": ["x" * 2**20 + str(i) for i in range(100)]})
+    pq.write_table(table, tmp_path / "x.parquet", compression="zstd", use_dictionary=False)
+    with pytest.raises(
+        FineTuneError, match=r"^s3://b/x\.parquet: [\d,]+ bytes were unpacked to 104,8\d\d,\d+; more than"
+    ):
+        next(read_parquet(tmp_path / "x.parquet", "s3://b/x.parquet"))
+
+
+def test_a_parquet_file_that_says_one_long_value_again_and_again_is_refused(tmp_path: Path) -> None:
+    values = pa.DictionaryArray.from_arrays(pa.array([0] * 2000, pa.int32()), pa.array(["x" * 2**20]))
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"prompt": values}), path, dictionary_pagesize_limit=2**30)
+    assert path.stat().st_size < 2**20
+    with pq.ParquetFile(path) as file:
+        # 2 GiB in all: a batch must not be the one that is too large.
+        assert readers._batch_rows(path, file.metadata) == 255
+    rows = read_parquet(path, "s3://b/x.parquet")
+    with pytest.raises(FineTuneError, match="more than 200 to one are refused"):
+        for _ in rows:
+            pass
+
+
+def test_a_prompt_that_stands_in_every_row_is_no_bomb(tmp_path: Path) -> None:
+    rows = [{"system": "You are a helpful bot. " * 20, "prompt": f"question {i}"} for i in range(20_000)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet", compression="zstd")
+    found = [row.value for row in read_parquet(tmp_path / "x.parquet", "s3://b/x.parquet")]
+    assert found == rows

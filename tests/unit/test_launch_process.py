@@ -55,6 +55,42 @@ def test_the_second_pod_counts_its_ranks_on_and_has_no_result(tmp_path: Path) ->
     assert "[rank 3] I am 3 4" in launch.output
 
 
+STAGES = [{"name": "sft"}, {"name": "dpo"}, {"name": "more"}]
+SAYING = """
+stage = os.environ["FINETUNE_STAGE"]
+print("stage", stage, "of rank", rank, "at", os.environ["MASTER_PORT"], os.getpid())
+if rank == 0:
+    say(step=10 + int(stage))
+"""
+
+
+def test_stages_run_one_after_the_other_each_in_processes_of_its_own(tmp_path: Path) -> None:
+    with launched(tmp_path, SAYING, stages=STAGES) as launch:
+        message = launch.wait()
+    assert (message.reason, message.step) == (None, 12)
+    said = [line.removeprefix("[rank 1] ").split() for line in launch.output.splitlines() if "of rank" in line]
+    places = [(stage, rank, port) for _, stage, _, _, rank, _, port, _ in said]
+    assert [stage for stage, _, _ in places] == ["0", "0", "1", "1", "2", "2"]
+    assert set(places) == {(str(s), str(r), str(29500 + s)) for s in range(3) for r in range(2)}
+    assert len({pid for *_, pid in said}) == 6
+
+
+def test_stages_that_are_finished_are_left_out(tmp_path: Path) -> None:
+    with launched(tmp_path, SAYING, pull='(work / "finished").write_text("2")\n', stages=STAGES) as launch:
+        assert launch.wait().step == 12
+    assert {line.split()[-7] for line in launch.output.splitlines() if "of rank" in line} == {"2"}
+
+
+def test_a_stage_that_fails_is_the_last_and_says_nothing_of_the_one_before(tmp_path: Path) -> None:
+    rank = SAYING + "if stage == '1': os._exit(9)\n"
+    rank = rank.replace("    say(", "    if stage == '0': say(")
+    with launched(tmp_path, rank, stages=STAGES) as launch:
+        message = launch.wait()
+    assert (message.reason, message.step) == (Reason.RANK_FAILED, None)
+    assert "ended with exit code 9" in message.message
+    assert "stage 2" not in launch.output
+
+
 def test_the_first_cause_is_reported_though_a_victim_exits_first(tmp_path: Path) -> None:
     rank = """
 if rank == 1:

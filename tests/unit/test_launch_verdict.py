@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune_api.failures import Reason, TerminationMessage
+from finetune_api.failures import Reason, TerminationMessage, TrainingResult
 from finetune_trainer.launch import Layout, cores, oom_kills
 from finetune_trainer.outcome import read_outcome, write_outcome
 from finetune_trainer.verdict import RankEnd, judge
@@ -100,3 +100,15 @@ def test_the_first_failure_that_a_rank_reports_stays(tmp_path: Path) -> None:
     assert outcome.message.reason == Reason.DIVERGED
     path.write_text("{half")
     assert read_outcome(path) is None
+
+
+def test_a_gate_that_is_not_met_is_told_with_the_result(tmp_path: Path) -> None:
+    """Rank 0 alone knows of it; the others have ended well."""
+    result = TrainingResult(uri="s3://bucket/k/", manifest_sha256="a" * 64, size_bytes=1, metrics={"evalLoss": 2.0})
+    gate = TerminationMessage(reason=Reason.GATE_NOT_MET, message="evalLoss is 2", exit_code=78, result=result)
+    write_outcome(tmp_path / "rank-0.json", gate)
+    written = read_outcome(tmp_path / "rank-0.json")
+    assert written
+    message = judge([make_end(0, 78, 1, written.message), make_end(1, 0, 1, TerminationMessage(step=8))], None)
+    assert (message.reason, message.message, message.rank) == (Reason.GATE_NOT_MET, "evalLoss is 2", 0)
+    assert message.result == result

@@ -5,6 +5,7 @@ import datetime
 import pytest
 
 from finetune_api.failures import Reason, TerminationMessage
+from finetune_api.run import RunConfig, StageSummary
 from support.world import PREPARED, START, World, make_job, make_profile, rfc3339
 
 
@@ -30,6 +31,39 @@ async def test_the_data_and_the_sizing_are_told() -> None:
     assert (data.train_examples, data.dropped, data.report_uri) == (1000, 3, PREPARED.report_uri)
     assert (sizing.strategy, sizing.micro_batch_size, sizing.gradient_accumulation) == ("DDP", 16, 1)
     assert "Prepared" in [e["reason"] for e in world.events]
+
+
+STAGES = [{"name": "sft"}, {"name": "whole", "tuning": {"type": "Full"}, "training": {"globalBatchSize": 4}}]
+PARTS = [
+    StageSummary(train_tokens=10, max_tokens=100, target_features=PREPARED.model.target_features, target_outputs=0),
+    StageSummary(train_tokens=10, max_tokens=0, target_features=0, target_outputs=0),
+]
+
+
+async def test_each_stage_is_sized_and_the_one_that_needs_most_is_shown() -> None:
+    world = World(make_job().with_spec(stages=STAGES).build())
+    await world.settle()
+    world.prepared(PREPARED.model_copy(update={"stages": PARTS}))
+    await world.settle()
+    run = RunConfig.model_validate_json(world.objects["ConfigMap", "support-bot-0"]["data"]["run.json"])
+    first, second = run.stage_sizings
+    assert [s.micro_batch_size * s.gradient_accumulation for s in run.stage_sizings] == [16, 4]
+    assert second.memory_per_gpu > first.memory_per_gpu
+    assert world.status.sizing == run.sizing == second
+
+
+async def test_a_stage_that_does_not_fit_is_named() -> None:
+    long = STAGES[1] | {"training": {"globalBatchSize": 4, "maxLength": 131072}}
+    job = make_job().with_spec(stages=[STAGES[0], long]).build()
+    world = World(job, profiles=[make_profile(accelerator={"memory": "2Gi"})])
+    await world.settle()
+    parts = [PARTS[0], PARTS[1].model_copy(update={"max_tokens": 131072})]
+    world.prepared(PREPARED.model_copy(update={"stages": parts}))
+    await world.settle()
+    failed = world.status.condition("Failed")
+    assert failed
+    assert failed.reason == "DoesNotFit"
+    assert failed.message.startswith("stage whole: ")
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ class Checkpoints:
             if not self.has(step):
                 text = f"the checkpoint of step {step}, the best one, could not be stored; it is made again"
                 raise FineTuneError(Reason.STORAGE_UNAVAILABLE, text)
-            self._fetch(step)
+            self.download(step)
         self._ranks.barrier()
         return self._on_every_pod(step)
 
@@ -89,7 +89,7 @@ class Checkpoints:
     def _on_every_pod(self, step: int) -> Resumed:
         """Rank 0's pod has it."""
         if self._ranks.local_rank == 0 and not self._ranks.is_main:
-            self._fetch(step)
+            self.download(step)
         self._ranks.barrier()
         directory = self._work.checkpoints / name_of(step)
         return Resumed(state.read(directory), directory)
@@ -104,7 +104,7 @@ class Checkpoints:
                 manifest = read_manifest(self._store, self.uri(step) + MANIFEST_KEY)
                 if (manifest.kind, manifest.step, manifest.spec_sha256) != ("Checkpoint", step, self._spec_sha256):
                     raise FineTuneError(Reason.DATA_INVALID, "it is not a checkpoint of this job's spec")
-                self._fetch(step)
+                self.download(step)
                 saved = state.read(self._work.checkpoints / name_of(step))
                 if saved.step != step:
                     raise FineTuneError(Reason.DATA_INVALID, f"it holds step {saved.step}")
@@ -119,10 +119,12 @@ class Checkpoints:
             return step
         return None
 
-    def _fetch(self, step: int) -> None:
+    def download(self, step: int) -> Path:
+        """To this pod alone."""
         directory = self._work.checkpoints / name_of(step)
         shutil.rmtree(directory, ignore_errors=True)
         fetch_verified(self._store, self.uri(step) + MANIFEST_KEY, directory)
+        return directory
 
     # Saving
 

@@ -53,7 +53,7 @@ def load_data(config: RunConfig, work: WorkDir, ranks: Ranks) -> Data:
             shards.decode(index, names, split, work)
     ranks.barrier()
     train = _load(index, "train", work)
-    held = {split: _held_out(index, names, split, work) for split in HELD_OUT}
+    held = {split: held_out(index, names, split, work) for split in HELD_OUT}
     if not len(sequences(train)):
         raise FineTuneError(Reason.DATA_INVALID, "spec.datasets: no training examples are left after cleaning")
     rows = _rows(train, config)
@@ -126,7 +126,8 @@ def sequences(data: Held) -> Examples:
             return data
 
 
-def _held_out(index: PreparedData, names: list[str], split: Split, work: WorkDir) -> HeldOut:
+def held_out(index: PreparedData, names: list[str], split: Split, work: WorkDir) -> HeldOut:
+    """What `shards.decode` wrote of a split."""
     data = _load(index, split, work)
     known = shards.datasets_of(index, names, split)
     return HeldOut(data, groups_of(sequences(data).dataset, known, shards.load_slices(split, work)))

@@ -38,6 +38,10 @@ class Journal:
     def seconds(self) -> float:
         return self._seconds + time.monotonic() - self._started
 
+    @property
+    def published_step(self) -> int:
+        return self.step if self.best_step is None else self.best_step
+
     def learned(self, step: int) -> None:
         """`step` optimizer steps are done, one more than before."""
         self.mix.add(step - 1)

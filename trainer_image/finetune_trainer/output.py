@@ -11,6 +11,7 @@ import torch
 from finetune_api.failures import TrainingResult
 from finetune_api.manifest import RunInfo
 from finetune_trainer import card, htmlreport, log, save
+from finetune_trainer.checkpoint import name_of
 from finetune_trainer.facts import Evidence, Facts
 from finetune_trainer.journal import Journal
 from finetune_trainer.model import Task
@@ -66,7 +67,18 @@ def publish_stage(run: StageRun, store: Store, journal: Journal, metrics: dict[s
     before = read_record(store, run.job, run.stages, run.number)
     record = Record(stages=[*before.stages, end])
     (run.work.output / RECORD).write_text(record.model_dump_json())
-    publish_result(store, run.job, run.work, run.stage, run.work.output, journal.step)
+    publish_result(store, run.job, run.work, run.stage, run.work.output, journal.published_step)
+
+
+def publish_sound(run: StageRun, store: Store, trained: Trained, step: int) -> str:
+    """Rank 0, of a run that diverged: what its last good checkpoint holds, in the scratch prefix, as another job can
+    start from it. Returns how, in words."""
+    kind = save_output(run, trained)
+    uri = join(run.job.scratch_uri, f"good/{run.stage.name or 'job'}/{name_of(step)}/")
+    store.delete_prefix(uri, run.job.scratch_uri)
+    publish(store, run.work.output, uri, kind=kind, step=step, created_time=now())
+    field = "baseModel.adapterUri" if kind == "Adapter" else "baseModel.uri"
+    return f"a job can start from its weights with {field} {uri}"
 
 
 def publish_output(
@@ -107,7 +119,7 @@ def publish_output(
     )
     reporter.phase("Publishing")
     uri = f"{config.output_uri.rstrip('/')}/{attempt_uid}/"
-    done = publish(store, output, uri, kind=kind, step=journal.step, created_time=now(), run=info)
+    done = publish(store, output, uri, kind=kind, step=journal.published_step, created_time=now(), run=info)
     log.event("published", uri=uri, bytes=done.size, manifest_sha256=done.manifest_sha256)
     return TrainingResult(uri=uri, manifest_sha256=done.manifest_sha256, size_bytes=done.size, metrics=metrics)
 

@@ -99,6 +99,12 @@ def read(directory: Path) -> SavedState:
     return SavedState.model_validate_json((directory / STATE).read_bytes())
 
 
+def parameters_of(directory: Path) -> Tensors:
+    """The trained parameters of what `write` wrote."""
+    found: Tensors = load_file(directory / ADAPTER)
+    return found
+
+
 def loss_scale(trainer: Any) -> dict[str, float]:
     scaler = getattr(trainer.accelerator, "scaler", None)
     return {} if scaler is None or trainer.is_deepspeed_enabled else dict(scaler.state_dict())

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from finetune_api.failures import FineTuneError, Reason
@@ -18,7 +19,11 @@ from finetune_trainer.report import Reporter
 
 
 class Course:
-    """One stage's way through its steps. `measure_before`: figures of the model as it was, by name."""
+    """One stage's way through its steps.
+
+    `measure_before`: figures of the model as it was, by name. `publish_sound`: makes a checkpoint's folder and its step
+    something that a job can start from, and says how; on rank 0.
+    """
 
     def __init__(
         self,
@@ -32,11 +37,12 @@ class Course:
         journal: Journal,
         resumed: Resumed | None,
         measure_before: Callable[[], dict[str, float]],
+        publish_sound: Callable[[Path, int], str],
     ) -> None:
         self._trainer, self._config, self._data = trainer, config, data
         self._ranks, self._signals, self._reporter = ranks, signals, reporter
         self._checkpoints, self._journal, self._resumed = checkpoints, journal, resumed
-        self._measure_before = measure_before
+        self._measure_before, self._publish_sound = measure_before, publish_sound
         total, scaled = data.plan.total_steps, bool(trainer.args.fp16)
         self._control = Control(config.spec, journal, total, scaled, "validation" in data.held)
         self._pace = Pace(config.spec.checkpoint.interval, config.devices.workers)
@@ -147,6 +153,13 @@ class Course:
         kept = self._ranks.from_main(step is not None and self._ranks.is_main and checkpoints.has(step))
         if step is None or not kept:
             return FineTuneError(error.reason, f"{error}; there is no earlier checkpoint")
-        return FineTuneError(
-            error.reason, f"{error}; the last good checkpoint is of step {step}: {checkpoints.uri(step)}"
-        )
+        said = self._ranks.from_main(self._sound(step) if self._ranks.is_main else "")
+        return FineTuneError(error.reason, f"{error}; {said}")
+
+    def _sound(self, step: int) -> str:
+        """What is left of a run that diverged, in words. Where it cannot be published the checkpoint is there still."""
+        kept = f"the last good checkpoint is of step {step}: {self._checkpoints.uri(step)}"
+        try:
+            return f"{kept}; {self._publish_sound(self._checkpoints.download(step), step)}"
+        except FineTuneError as error:
+            return f"{kept}; what a job could start from could not be published: {error}"

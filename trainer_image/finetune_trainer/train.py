@@ -37,10 +37,11 @@ from finetune_trainer.journal import Journal
 from finetune_trainer.methods import make_trainer, task_of
 from finetune_trainer.methods.reference import FirstValues
 from finetune_trainer.outcome import failure_of, write_outcome
-from finetune_trainer.output import Trained, publish_output, publish_stage, save_output
+from finetune_trainer.output import Trained, publish_output, publish_sound, publish_stage, save_output
 from finetune_trainer.report import Reporter
 from finetune_trainer.reward_model import load_rewards
 from finetune_trainer.runconfig import read_config
+from finetune_trainer.soundness import check_finite
 from finetune_trainer.start import StageRun
 from finetune_trainer.steering import Course
 from finetune_trainer.storage import Store
@@ -56,6 +57,12 @@ def train(run: StageRun, signals: Signals, reporter: Reporter, end: "End") -> No
     ranks = distributed.start(config.devices, zero=sizing.strategy != "DDP")
     store = Store(config.storage)
     start = run.make_ready(store, ranks)
+    if run.number == 0:
+        # What later stages start from is our own.
+        share = ranks.local_rank, config.devices.processes_per_worker
+        check_finite(start.model, "spec.baseModel.uri", *share)
+        if start.adapter:
+            check_finite(start.adapter, "spec.baseModel.adapterUri", *share)
     prepare_between(run, store, ranks)
     data = load_data(config, work, ranks)
 
@@ -104,6 +111,12 @@ def train(run: StageRun, signals: Signals, reporter: Reporter, end: "End") -> No
         journal,
         resumed,
         measure_before=lambda: evaluator.before(trainer),
+        publish_sound=lambda folder, step: publish_sound(
+            run,
+            store,
+            Trained(tuned, trainer.published(state.parameters_of(folder)), initial, dtype, task, classes),
+            step,
+        ),
     )
     course.run()
 

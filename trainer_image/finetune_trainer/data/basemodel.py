@@ -22,6 +22,7 @@ from finetune_api.modelfiles import (
 from finetune_api.run import PinnedObject
 from finetune_api.sizing import ModelShape
 from finetune_api.tuning import Tuning
+from finetune_trainer.data.readers import POINTER
 from finetune_trainer.data.templates import DEFAULT_CHAT_TEMPLATE, BadTemplate, ChatTemplate
 from finetune_trainer.data.tokenise import Encoder
 from finetune_trainer.storage import Store
@@ -166,6 +167,8 @@ def header_of(store: Store, pinned: PinnedObject) -> dict[str, Tensor]:
     """The tensors of a safetensors file, from its header alone. Raises ModelInvalid."""
     length = int.from_bytes(store.get_range(pinned, 0, 8), "little") if pinned.size >= 8 else 0
     if not 2 <= length <= min(HEADER, pinned.size - 8):
+        if store.get_range(pinned, 0, min(pinned.size, len(POINTER))) == POINTER:
+            raise invalid(f"{pinned.uri} is a pointer of Git LFS; upload the file that it stands for")
         raise invalid(f"{pinned.uri} is not a safetensors file: its header would have {length:,} bytes")
     return parse_header(store.get_range(pinned, 8, length), pinned.size, pinned.uri)
 

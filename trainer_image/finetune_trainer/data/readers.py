@@ -25,7 +25,10 @@ RATIO, FREE = 200, 64 * 2**20
 """Text packs to a tenth or so: a file that gives more than RATIO bytes for one, after the first FREE, is a bomb."""
 DEPTH = 64
 """Lists and objects within each other in one row."""
-_PARQUET_ROWS = 1024
+POINTER = b"version https://git-lfs.github.com/spec/"
+"""How a file begins that Git LFS left in place of a large one."""
+_PARQUET_ROWS, _PARQUET_BYTES = 1024, 256 * 2**20
+"""Of one batch: how many rows, and what they may be unpacked to."""
 
 
 class Row(NamedTuple):
@@ -62,15 +65,66 @@ def read_stream(stream: BinaryIO, uri: str) -> Iterator[Row]:
 
 def read_parquet(path: Path, uri: str) -> Iterator[Row]:
     """The rows of a parquet file on disk: it is read from its end."""
+    with path.open("rb") as begun:
+        _refuse_pointer(begun.read(len(POINTER)), uri)
     try:
         with pq.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
+            packed, size, number = path.stat().st_size, 0, 0
+            _refuse_bomb(packed, _unpacked(file.metadata), uri)
+            for batch in file.iter_batches(batch_size=_batch_rows(path, file.metadata)):
+                # A value that stands once in a dictionary stands in each of its rows now.
+                size += sum(map(_size, batch.columns))
+                _refuse_bomb(packed, size, uri)
                 for value in batch.to_pylist():
                     number += 1
                     yield Row(number, value)
     except (pa.ArrowInvalid, OSError) as error:
         raise _unreadable(uri, None, f"it is not a readable parquet file ({_short(error)})") from error
+
+
+def _unpacked(metadata: Any) -> int:
+    """Bytes of all pages, by what the file says of them."""
+    return sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
+
+
+def _size(column: pa.Array) -> int:
+    """Bytes of its values, each counted as often as it stands there."""
+    return int((column.dictionary_decode() if pa.types.is_dictionary(column.type) else column).nbytes)
+
+
+def _refuse_bomb(packed: int, size: int, uri: str, number: int | None = None) -> None:
+    if size > FREE + RATIO * packed:
+        raise _unreadable(
+            uri, number, f"{packed:,} bytes were unpacked to {size:,}; more than {RATIO} to one are refused"
+        )
+
+
+def _batch_rows(path: Path, metadata: Any) -> int:
+    """Rows of a batch: a row may hold all that a dictionary holds."""
+    largest = 0
+    with path.open("rb") as stream:
+        for group in map(metadata.row_group, range(metadata.num_row_groups)):
+            columns = [group.column(place) for place in range(group.num_columns)]
+            offsets = [column.dictionary_page_offset for column in columns if column.has_dictionary_page]
+            largest = max(largest, sum(_page_size(stream, offset) for offset in offsets))
+    return max(1, min(_PARQUET_ROWS, _PARQUET_BYTES // max(1, largest)))
+
+
+def _page_size(stream: BinaryIO, offset: int) -> int:
+    """Unpacked bytes of the page whose header stands there: the second number of a struct in Thrift's compact form."""
+    stream.seek(offset)
+    header = iter(stream.read(32))
+    value = 0
+    for _ in range(2):
+        # A field's head, then its number: seven bits a byte, the lowest first, the sign in the last bit.
+        next(header, None)
+        value, shift = 0, 0
+        for byte in header:
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                break
+    return value >> 1
 
 
 class _Counted(io.RawIOBase):
@@ -114,10 +168,8 @@ def _jsonl(stream: Any, uri: str, packed: _Counted | None = None) -> Iterator[Ro
         if not line:
             return
         number, size = number + 1, size + len(line)
-        if packed and size > FREE + RATIO * packed.count:
-            raise _unreadable(
-                uri, number, f"{packed.count:,} bytes were unpacked to {size:,}; more than {RATIO} to one are refused"
-            )
+        if packed:
+            _refuse_bomb(packed.count, size, uri, number)
         if len(line) > LINE_LIMIT:
             raise _unreadable(uri, number, f"the line has more than {LINE_LIMIT:,} bytes; one JSON object is expected")
         if number == 1:
@@ -175,7 +227,13 @@ def _without_mark(line: bytes, uri: str) -> bytes:
     """A first line without UTF-8's byte order mark. Raises where the file is in another encoding."""
     if line.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\x00" in line[:64]:
         raise _unreadable(uri, 1, "the file is UTF-16 or UTF-32; it must be UTF-8")
+    _refuse_pointer(line, uri)
     return line.removeprefix(b"\xef\xbb\xbf")
+
+
+def _refuse_pointer(data: bytes, uri: str) -> None:
+    if data.startswith(POINTER):
+        raise _unreadable(uri, None, "the file is a pointer of Git LFS; upload the data that it stands for")
 
 
 def _csv(stream: BinaryIO, uri: str) -> Iterator[Row]:
