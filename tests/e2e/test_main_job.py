@@ -81,6 +81,7 @@ def assert_answers(adapter: Path, base: Path) -> None:
     for row in map(json.loads, (base.parent / "facts.jsonl").read_text().splitlines()[:40]):
         head = tokenizer(row["prompt"])["input_ids"]
         tail = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
+        tail.append(tokenizer.eos_token_id)
         ids = torch.tensor([head + tail])
         labels = torch.tensor([[-100] * len(head) + tail])
         with torch.no_grad():
@@ -170,7 +171,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         "DoesNotFit",
         "training.globalBatchSize",
     ),
-    "unsupported": ({"method": {"type": "PPO"}}, "InvalidSpec", "spec.method.type"),
+    "no-rewards": ({"method": {"type": "PPO"}}, "InvalidSpec", "spec.method.ppo.rewardModel"),
     "no-profile": ({"profile": "absent"}, "ProfileNotFound", "absent"),
 }
 

@@ -131,6 +131,7 @@ def test_what_is_published_loads_in_plain_peft(ddp: Gang, s3: S3, model: Path, t
     manifest = Manifest.model_validate_json((directory / "manifest.json").read_bytes())
     assert {entry.key for entry in manifest.files} == {
         "README.md",
+        "report.html",
         "adapter_config.json",
         "adapter_model.safetensors",
         "metrics.jsonl",

@@ -198,7 +198,11 @@ class Gang:
 
     def published(self, directory: Path) -> Path:
         """The published files, downloaded into `directory`."""
-        bucket, _, prefix = f"{self.config.output_uri}{self.attempt_uid}/".removeprefix("s3://").partition("/")
+        return self.fetch(f"{self.config.output_uri}{self.attempt_uid}/", directory)
+
+    def fetch(self, uri: str, directory: Path) -> Path:
+        """Everything below a prefix, downloaded into `directory`."""
+        bucket, _, prefix = uri.removeprefix("s3://").partition("/")
         for key in self.s3.keys(bucket, prefix):
             path = directory / key.removeprefix(prefix)
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -58,7 +58,7 @@ def test_the_second_pod_counts_its_ranks_on_and_has_no_result(tmp_path: Path) ->
 STAGES = [{"name": "sft"}, {"name": "dpo"}, {"name": "more"}]
 SAYING = """
 stage = os.environ["FINETUNE_STAGE"]
-print("stage", stage, "of rank", rank, "at", os.environ["MASTER_PORT"], os.getpid())
+print(f"stage {stage} of rank {rank} at {os.environ['MASTER_PORT']} {os.getpid()}")
 if rank == 0:
     say(step=10 + int(stage))
 """
