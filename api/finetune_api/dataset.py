@@ -66,7 +66,7 @@ class Dataset(ApiModel):
     format: Format = "Auto"
     columns: Columns | None = None
     template: LongText | None = None
-    """Sandboxed Jinja that renders the prompt from the row's columns; absent: the model's chat template."""
+    """Sandboxed Jinja: the prompt of a row's columns, by their names or roles; absent: the model's chat template."""
     weight: Annotated[float, Field(gt=0, le=1_000_000)] | None = None
     """Share of this dataset in the mix, relative to the others'; absent everywhere: in proportion to size."""
     shots: Annotated[int, Field(ge=0, le=64)] = 0

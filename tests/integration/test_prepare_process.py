@@ -99,7 +99,12 @@ def prepared(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConf
 
 
 CHANGED: list[tuple[str, Any, Reason, str]] = [
-    ("models/tiny/config.json", b"\n", Reason.MODEL_INVALID, "spec.baseModel.uri: .*config.json: the object changed since"),
+    (
+        "models/tiny/config.json",
+        b"\n",
+        Reason.MODEL_INVALID,
+        "spec.baseModel.uri: .*config.json: the object changed since",
+    ),
     ("data/train/00000.parquet", b"\n", Reason.DATA_INVALID, "00000.parquet: the object changed since .*SHA-256"),
     ("data/index.json", b" ", Reason.DATA_INVALID, "index.json is not the index that `prepare` wrote for this job"),
 ]

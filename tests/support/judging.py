@@ -1,10 +1,11 @@
 """Does what a job published do what it learned? Asked of plain peft and transformers."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
-from support.teaching import BAD, GOOD
+from support.teaching import BAD, GOOD, rows
 
 CHANGED = 1e-3
 QUESTIONS = [f"Number {number}: which words of {GOOD[number % 8]} {BAD[number % 8]}?" for number in range(900, 912)]
@@ -14,8 +15,8 @@ def assert_learned(artifact: Path, base: Path, prefers: bool = True) -> None:
     """It loads, and prefers good answers to bad ones by more than the base model does; else it answers otherwise."""
     config = _config(artifact)
     if config.get("task_type") == "SEQ_CLS" or "SequenceClassification" in str(config.get("architectures")):
-        better = _verdict(_load(artifact, base, config, heads=True))
-        assert better > 0, f"good answers score {better:.3f} above bad ones"
+        sure = _verdict(_load(artifact, base, config, heads=True))
+        assert sure > 0.5, f"the true class has a probability of {sure:.3f}"
         return
     before, after = _preference(_load(None, base, config)), _preference(_load(artifact, base, config))
     assert after > before or (not prefers and abs(after - before) > CHANGED), (
@@ -74,18 +75,17 @@ def _log_probability(model: Any, question: str, words: list[str]) -> float:
 
 
 def _verdict(model: Any) -> float:
-    """How much higher texts with good words score than texts with bad ones; the first class is that of good ones."""
+    """The mean probability of the true class, of rows that nobody has learned."""
     import torch
 
-    tokenizer, margin = _tokenizer(model), 0.0
-    for question in QUESTIONS:
-        for words, sign in ((GOOD, 1), (BAD, -1)):
-            # What a head reads is the end of the text.
-            ids = [*tokenizer(f"{question} {' '.join(words[:3])}")["input_ids"], tokenizer.eos_token_id]
-            with torch.no_grad():
-                logits = model(input_ids=torch.tensor([ids])).logits[0].float()
-            margin += sign * float(logits[0] if len(logits) == 1 else logits.softmax(-1)[0])
-    return margin / len(QUESTIONS)
+    tokenizer, found = _tokenizer(model), []
+    for row in itertools.islice(rows({"format": "Labelled"}), 900, 964):
+        # What a head reads is the end of the text.
+        ids = [*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id]
+        with torch.no_grad():
+            shares = model(input_ids=torch.tensor([ids])).logits[0].float().softmax(-1)
+        found.append(float(shares[row["label"] == "second"]))
+    return sum(found) / len(found)
 
 
 _TOKENIZERS: dict[str, Any] = {}

@@ -50,6 +50,16 @@ def test_loss_and_gradients_are_those_of_all_logits(chosen: Tuning, tmp_path: Pa
         torch.testing.assert_close(found, wanted)
 
 
+def test_a_prompt_that_is_switched_off_stands_before_no_row(tmp_path: Path) -> None:
+    """As where DPO asks the model that it was."""
+    base = AutoModelForCausalLM.from_pretrained(make_tiny_model(tmp_path / "model"))
+    chosen = Tuning(type="PromptTuning", prompt_tuning=VirtualTokens(tokens=5))
+    expected = whole(base, IDS, LABELS)[0]
+    model = tuning.tune(base, chosen, "s3://b/m", seed=1, gradient_checkpointing=False, masters=True)
+    with model.disable_adapter():
+        torch.testing.assert_close(learned_logits(model, {"input_ids": IDS}, LABELS)[0], expected)
+
+
 def test_the_head_computes_nothing_where_nothing_is_learned(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(make_tiny_model(tmp_path / "model"))
     seen: list[torch.Size] = []

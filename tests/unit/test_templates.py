@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from finetune_api.dataset import Columns
 from finetune_trainer.data.formats import BadRow, Chat, Pair, Plain
 from finetune_trainer.data.templates import DEFAULT_CHAT_TEMPLATE, BadTemplate, ChatTemplate, RowTemplate
 from finetune_trainer.data.tokenise import IGNORED, Encoder, Loss, Tokens, lay_out
@@ -29,6 +30,13 @@ TURNS = (
 def test_a_row_template_sees_the_columns() -> None:
     template = RowTemplate("{% for x in tags %}{{ x | upper }}{{ ', ' if not loop.last }}{% endfor %}: {{ name }}\n")
     assert template.render({"name": "n", "tags": ["a", "b"]}) == "A, B: n\n"
+
+
+def test_a_column_goes_by_its_role_too_and_first_by_its_own_name() -> None:
+    template = RowTemplate("{{ instruction }}/{{ input }}", Columns(instruction="question", input="context"))
+    assert template.columns == {"instruction", "input", "question", "context"}
+    assert template.render({"question": "q", "context": "c"}) == "q/c"
+    assert template.render({"question": "q", "context": "c", "input": "i"}) == "q/i"
 
 
 HOSTILE = {

@@ -39,5 +39,8 @@ def _takes_positions(forward: Callable[..., Any]) -> bool:
 
 def _virtual_tokens(model: Any) -> int:
     """Of a prompt that is put before each row; a prefix sits in the layers' keys instead."""
-    config = getattr(getattr(model, "module", model), "peft_config", {}).get("default")
-    return int(config.num_virtual_tokens) if config and config.peft_type == "PROMPT_TUNING" else 0
+    model = getattr(model, "module", model)
+    config = getattr(model, "peft_config", {}).get("default")
+    if config and config.peft_type == "PROMPT_TUNING" and model.has_active_enabled_adapter:
+        return int(config.num_virtual_tokens)
+    return 0

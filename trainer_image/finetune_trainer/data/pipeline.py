@@ -376,6 +376,6 @@ def _template(source: Source) -> RowTemplate | None:
     if source.dataset.template is None:
         return None
     try:
-        return RowTemplate(source.dataset.template)
+        return RowTemplate(source.dataset.template, source.dataset.columns)
     except BadTemplate as error:
         raise FineTuneError(Reason.INVALID_SPEC, f"{source.field}.template: {error}") from error

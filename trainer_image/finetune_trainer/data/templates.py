@@ -17,6 +17,7 @@ from jinja2.filters import do_indent
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from finetune_api.dataset import Columns
 from finetune_trainer.data.formats import BadRow
 
 OUTPUT_LIMIT = 4 * 2**20
@@ -146,16 +147,22 @@ def _compiled(env: _Environment, source: str) -> Template:
 
 
 class RowTemplate:
-    """spec.datasets[].template: renders the prompt from the row's columns; an unknown column is an error."""
+    """spec.datasets[].template: renders the prompt from the row's columns; an unknown column is an error.
 
-    def __init__(self, source: str) -> None:
+    A column goes by its own name, and by its role where spec.datasets[].columns gives it one.
+    """
+
+    def __init__(self, source: str, columns: Columns | None = None) -> None:
         """Raises BadTemplate."""
         env = _environment(undefined=StrictUndefined, keep_trailing_newline=True)
         self._template = _compiled(env, source)
-        self.columns = frozenset(meta.find_undeclared_variables(env.parse(source)))
+        self._roles: dict[str, str] = columns.model_dump(exclude_none=True) if columns else {}
+        named = meta.find_undeclared_variables(env.parse(source))
+        self.columns = frozenset(named | {self._roles[name] for name in named if name in self._roles})
 
     def render(self, row: Mapping[str, Any]) -> str:
-        return _render(self._template, {str(name): value for name, value in row.items()})
+        roles = {role: row[name] for role, name in self._roles.items() if name in row}
+        return _render(self._template, roles | {str(name): value for name, value in row.items()})
 
 
 class ChatTemplate:
