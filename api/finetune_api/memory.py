@@ -1,16 +1,18 @@
 """How much memory a rank needs: a sum of named terms.
 
 Formulas: bytes per rank for P parameters of which T are trained, over N ranks (ZeRO: Rajbhandari et al. 2020;
-activations: after Korthikanti et al. 2022), with w bytes a weight, and 16 bytes for each trained parameter (fp32 weight
-and gradient, Adam's two moments). Estimates are of peak memory, before allocator fragmentation.
+activations: what autograd keeps, counted in transformers' Llama), with w bytes a weight, and 16 bytes for each trained
+parameter (fp32 weight and gradient, Adam's two moments). benchmarks/sizing compares them with measured peaks.
 """
 
 from typing import NamedTuple
 
 from finetune_api.shape import Device, ModelShape, Offload, Request, Strategy, trainable_parameters, trained_layers
 
-RUNTIME_BYTES = {"CUDA": 1.5e9, "CPU": 0.7e9}
+RUNTIME_BYTES = {"CUDA": 1.5e9, "CPU": 0.78e9}
 """What a process holds before the model: CUDA context and NCCL buffers, or the interpreter with torch loaded."""
+GAPS = 1.0
+"""Of what a step allocates and frees, the share that glibc keeps in the gaps between: measured on a CPU."""
 
 
 class Placement(NamedTuple):
@@ -39,10 +41,13 @@ def terms(shape: ModelShape, request: Request, device: Device, placement: Placem
     """What the estimate is the sum of."""
     states = _states(shape, request, device, placement)
     trained = next(term for term in states if term.name == "trained weights")
+    count = trainable_parameters(shape, request.tuning)
+    snapshot = [Term("snapshot", 12 * count, f"{_count(count)} x 12 bytes, a checkpoint's copy in the same memory")]
     reference = [Term("reference", trained.bytes, f"{trained.why}: what is trained, as it was before")]
     return [
         *states,
         *(reference if request.reference else ()),
+        *(snapshot if device.kind == "CPU" else ()),
         *_activations(shape, request, device, placement),
         Term("runtime", int(RUNTIME_BYTES[device.kind]), f"a process on {device.kind} before it has a model"),
     ]
@@ -101,19 +106,25 @@ def _states(shape: ModelShape, request: Request, device: Device, placement: Plac
 
 
 def _activations(shape: ModelShape, request: Request, device: Device, placement: Placement) -> list[Term]:
-    """Activations and logits; the figures of facts are for two-byte values."""
-    w = weight_bytes(request, device)
+    """Activations and logits."""
+    w, h = weight_bytes(request, device), shape.hidden_size
     tokens = (request.sequence_length + request.tuning.virtual_tokens) * request.sequences * placement.micro
-    block, layers = 34 * tokens * shape.hidden_size * w // 2, trained_layers(shape, request.tuning)
-    inner, why = block * layers, f"{tokens:,} tokens x {shape.hidden_size} x 34 x {w} / 2 bytes x {layers} blocks"
+    # What autograd keeps of a block of a Llama: six inputs of its width and two norms in fp32, keys and values, four
+    # of the MLP's width.
+    kept = w * (6 * h + 2 * (shape.key_value_size or h) + 4 * (shape.intermediate_size or 4 * h)) + 8 * h
+    layers = trained_layers(shape, request.tuning)
+    inner, why = tokens * kept * layers, f"{tokens:,} tokens x {kept:,} bytes x {layers} blocks"
     if placement.checkpointing:
-        inner = w * tokens * shape.hidden_size * layers + block
-        why = f"{tokens:,} tokens x {shape.hidden_size} x {w} bytes x {layers} blocks + one block's"
+        inner = tokens * (w * h * layers + kept)
+        why = f"{tokens:,} tokens x {h:,} x {w} bytes x {layers} blocks + one block's {kept:,} bytes a token"
     found = [Term("activations", inner, why)]
     if not request.head:
         found.append(
             Term("logits", 10 * tokens * shape.vocab_size, f"{tokens:,} tokens x {shape.vocab_size:,} x 10 bytes")
         )
+    if device.kind == "CPU":
+        gaps = int(GAPS * sum(term.bytes for term in found))
+        found.append(Term("allocator", gaps, "as much again stays with glibc between steps"))
     return found
 
 

@@ -1,8 +1,6 @@
 """A stage that generates: a model that knows the manner writes rows, and the next stage learns them."""
 
-import itertools
 import json
-import random
 import re
 import signal
 from collections.abc import Iterator
@@ -12,42 +10,17 @@ from typing import Any
 import pytest
 
 from finetune_api.failures import Reason
-from finetune_trainer.synthesis.requests import PREAMBLE, Pair, opening, request
 from support.s3 import S3, running_s3
 from support.staging import StagedJob, jsonl, make_staged_job
 from support.teaching import GOOD
 from support.tiny import make_tiny_model
 from support.warm import warm_start
+from support.writing import KNOWN, known_rows, make_writer
 
 pytestmark = pytest.mark.integration
-PAIRS = [Pair(f"Repeat {one} {two}", f"{one} {two}") for one, two in itertools.permutations(GOOD, 2)]
-KNOWN = PAIRS[::4]
-"""What the user has; the rest is for the model to find."""
 GENERATE = {"count": 24, "shots": 1, "maxNewTokens": 40, "temperature": 1.0, "maxSimilarity": 0.9}
 SEEDS = [{"name": "known", "uri": "s3://bucket/data/known.jsonl"}]
 ROWS = [{"name": "more", "uri": "stage://more"}]
-
-
-def make_writer(directory: Path) -> Path:
-    """A tiny model that has learned by heart how a list of tasks with their answers goes on."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    shown = [request(PAIRS, number, 2, 0) for number in range(400)]
-    texts = [f"{PREAMBLE}{one.text}{opening(one)}" for one in shown]
-    make_tiny_model(directory, vocab_text="\n".join(texts[:40]), vocab_size=400, hidden=64, max_positions=256)
-    tokenizer, model = AutoTokenizer.from_pretrained(directory), AutoModelForCausalLM.from_pretrained(directory)
-    rows = [torch.tensor(tokenizer.encode(text)) for text in texts]
-    optimizer, choose = torch.optim.AdamW(model.parameters(), lr=4e-3), random.Random(0)
-    torch.manual_seed(0)
-    for _ in range(150):
-        batch = torch.nn.utils.rnn.pad_sequence(choose.sample(rows, 16), batch_first=True, padding_value=-100)
-        loss = model(input_ids=batch.clamp(min=0), labels=batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(directory)
-    return directory
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +37,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
         for name, folder in (("tiny", writer), ("pupil", pupil)):
             for path in folder.iterdir():
                 server.put(f"s3://bucket/models/{name}/{path.name}", path.read_bytes())
-        rows = [{"prompt": pair.instruction, "completion": f" {pair.answer}"} for pair in KNOWN]
-        server.put("s3://bucket/data/known.jsonl", jsonl(rows))
+        server.put("s3://bucket/data/known.jsonl", jsonl(known_rows()))
         yield server
 
 

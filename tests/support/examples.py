@@ -1,5 +1,6 @@
 """The manifests of examples/ as jobs that take seconds: what they do stays, models, data and sizes become tiny."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,14 @@ import yaml
 
 from support.matrix import BUCKET, RATES, SMALL, Cell, Spec, datasets_of
 from support.teaching import write_rows
+from support.writing import PAIRS, known_rows
 
 FOLDER = Path(__file__).parents[2] / "examples"
 LIMITS = {"maxNewTokens": 8, "generations": 4, "maxExamples": 8, "globalBatchSize": 16, "maxLength": 224, "count": 4}
 """The most that a field may be, wherever it stands."""
 ROWS = 100
+WRITER = f"{BUCKET}/models/writer/"
+"""Where a model must lie that writes rows, `support.writing.make_writer`."""
 
 
 def jobs() -> dict[str, Spec]:
@@ -26,11 +30,22 @@ def shrunk(
 ) -> Spec:
     """`put(file, uri)` uploads its data; `adapter`, `reward_model`: URIs of what earlier jobs published."""
     spec: Spec = _small(manifest["spec"])
+    writes = [stage["generate"] for stage in spec.get("stages", ()) if "generate" in stage]
+    for generate in writes:
+        # Nobody but a model that has learned the manner writes rows that can be read.
+        generate |= {"teacher": {"uri": WRITER}, "shots": 1, "maxNewTokens": 40, "temperature": 1.0}
+        spec["dataPolicy"] = spec.get("dataPolicy", {}) | {"similarity": 1}
     for number, dataset in enumerate(datasets_of(spec)):
+        if dataset["uri"].startswith("stage://"):
+            continue
         unpaired = dataset.get("format") == "Preference" and _method(spec).get("type") == "KTO"
         dataset["uri"] = f"{BUCKET}/examples/{name}-{number}.jsonl"
         # Rows of its own, so that nothing that is held out is trained on.
-        file = write_rows(directory / f"{name}-{number}.jsonl", dataset, ROWS, first=number * ROWS, unpaired=unpaired)
+        file = directory / f"{name}-{number}.jsonl"
+        if writes:
+            file.write_text("".join(json.dumps(row) + "\n" for row in known_rows(PAIRS[number::4])))
+        else:
+            write_rows(file, dataset, ROWS, first=number * ROWS, unpaired=unpaired)
         put(file, dataset["uri"])
     spec["baseModel"] |= {"uri": f"{BUCKET}/models/matrix/"}
     if "adapterUri" in spec["baseModel"]:

@@ -84,7 +84,7 @@ def _verdict(model: Any) -> float:
         ids = [*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id]
         with torch.no_grad():
             shares = model(input_ids=torch.tensor([ids])).logits[0].float().softmax(-1)
-        found.append(float(shares[row["label"] == "second"]))
+        found.append(float(shares[int(row["label"] == "second")]))
     return sum(found) / len(found)
 
 

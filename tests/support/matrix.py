@@ -30,6 +30,7 @@ class Method(NamedTuple):
     """How far it moves at least."""
     prefers: bool = True
     """Whether it learns to prefer the good answers of the data; else what it answers changes."""
+    batch: int = 16
 
 
 def _dataset(name: str) -> Spec:
@@ -42,10 +43,12 @@ def _rule(expression: str) -> list[Spec]:
 
 RULE = "completion.count('e') + completion.count('a') + completion.count('o')"
 ANSWERS = {"maxNewTokens": 8}
+ROLLOUT = 32
+"""Prompts of a step where a model learns from its own answers: their scores differ by chance."""
 SFT: Spec = {"type": "SFT", "sft": {"loss": "Completion"}}
 DPO: Spec = {"type": "DPO", "dpo": {"beta": 0.1}}
 REWARD: Spec = {"type": "Reward"}
-PPO: Spec = {"type": "PPO", "ppo": ANSWERS}
+PPO: Spec = {"type": "PPO", "ppo": ANSWERS | {"ppoEpochs": 2, "klCoefficient": 0.02}}
 GRPO: Spec = {"type": "GRPO", "grpo": ANSWERS | {"generations": 4, "rewards": _rule(RULE)}}
 METHODS: dict[str, Method] = {
     "SFT": Method({"method": SFT}, "pairs", "evalLoss", False, 0.05),
@@ -58,14 +61,15 @@ METHODS: dict[str, Method] = {
     "ORPO": Method({"method": {"type": "ORPO"}}, "ranked", "evalLoss", False, 0.05),
     "Reward": Method({"method": REWARD}, "ranked", "rewardMargin", True, 0.01),
     "PPO": Method(
-        {"method": {"type": "PPO", "ppo": ANSWERS | {"rewardModel": {"uri": REWARD_MODEL}}}},
+        {"method": {"type": "PPO", "ppo": PPO["ppo"] | {"rewardModel": {"uri": REWARD_MODEL}}}},
         "prompts",
         "meanReward",
         True,
         0.01,
         prefers=False,
+        batch=ROLLOUT,
     ),
-    "GRPO": Method({"method": GRPO}, "prompts", "meanReward", True, 0.01, prefers=False),
+    "GRPO": Method({"method": GRPO}, "prompts", "meanReward", True, 0.01, prefers=False, batch=ROLLOUT),
     "RLOO": Method(
         {"method": {"type": "GRPO", "grpo": GRPO["grpo"] | {"advantage": "LeaveOneOut"}}},
         "prompts",
@@ -73,6 +77,7 @@ METHODS: dict[str, Method] = {
         True,
         0.01,
         prefers=False,
+        batch=ROLLOUT,
     ),
     "SFT → DPO": Method(
         {
@@ -89,7 +94,8 @@ METHODS: dict[str, Method] = {
     "SFT → Reward → PPO": Method(
         {
             "stages": [
-                {"name": "answers", "method": SFT},
+                # So few steps that there is something left to learn.
+                {"name": "answers", "method": SFT, "training": {"maxSteps": 4}},
                 {"name": "judge", "method": REWARD, "datasets": [_dataset("ranked")]},
                 {"name": "policy", "method": PPO, "datasets": [_dataset("prompts")]},
             ]
@@ -99,6 +105,7 @@ METHODS: dict[str, Method] = {
         True,
         0.01,
         prefers=False,
+        batch=ROLLOUT,
     ),
 }
 SMALL = {"rank": 4, "alpha": 8}
@@ -149,7 +156,7 @@ class Cell(NamedTuple):
                 "training": {
                     "maxSteps": 16,
                     "learningRate": RATES.get(self.tuning, 0.02),
-                    "globalBatchSize": 16,
+                    "globalBatchSize": self.lesson.batch,
                     "maxLength": 96,
                 },
                 "distribution": {"workers": self.workers, "strategy": self.strategy},
