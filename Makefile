@@ -4,7 +4,8 @@ BIN := .venv/bin
 STAMP := .venv/installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: setup demo test test-unit verify generate lint matrix bench bench-operator clean
+.PHONY: setup demo test test-unit verify generate lint matrix clean
+.PHONY: bench bench-operator bench-trainer bench-prepare bench-sizing
 
 setup: $(STAMP)
 
@@ -47,10 +48,20 @@ verify: lint generate
 matrix: setup
 	$(BIN)/python benchmarks/matrix/run.py $(if $(ONLY),--only $(ONLY)) $(if $(AGAIN),--again)
 
-bench: bench-operator
+bench: bench-operator bench-trainer bench-prepare bench-sizing
 
 bench-operator: setup
 	$(BIN)/python benchmarks/operator/bench.py --jobs 200 2000 --idle 10000
+
+# PEERS="llamafactory=/path/to/its/python": LLaMA-Factory pins other versions than ours, so it lives in its own environment.
+bench-trainer: setup
+	$(BIN)/python benchmarks/trainer/bench.py $(foreach peer,$(PEERS),--peer $(peer))
+
+bench-prepare: setup
+	$(BIN)/python benchmarks/prepare/bench.py --mib 256 2048 --keep
+
+bench-sizing: setup
+	$(BIN)/python benchmarks/sizing/measure.py
 
 clean:
 	rm -rf .venv .sandbox build dist

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from finetune_api.shape import Device, ModelShape, Offload, Request, Strategy, trainable_parameters, trained_layers
 
-RUNTIME_BYTES = {"CUDA": 1.5e9, "CPU": 0.78e9}
+RUNTIME_BYTES = {"CUDA": 1.5e9, "CPU": 0.7e9}
 """What a process holds before the model: CUDA context and NCCL buffers, or the interpreter with torch loaded."""
 GAPS = 1.0
 """Of what a step allocates and frees, the share that glibc keeps in the gaps between: measured on a CPU."""
@@ -40,17 +40,25 @@ def memory(shape: ModelShape, request: Request, device: Device, placement: Place
 def terms(shape: ModelShape, request: Request, device: Device, placement: Placement) -> list[Term]:
     """What the estimate is the sum of."""
     states = _states(shape, request, device, placement)
+    step = _activations(shape, request, device, placement)
     trained = next(term for term in states if term.name == "trained weights")
-    count = trainable_parameters(shape, request.tuning)
-    snapshot = [Term("snapshot", 12 * count, f"{_count(count)} x 12 bytes, a checkpoint's copy in the same memory")]
     reference = [Term("reference", trained.bytes, f"{trained.why}: what is trained, as it was before")]
     return [
         *states,
         *(reference if request.reference else ()),
-        *(snapshot if device.kind == "CPU" else ()),
-        *_activations(shape, request, device, placement),
+        *step,
+        *(_snapshot(shape, request, [*states, *step]) if device.kind == "CPU" else ()),
         Term("runtime", int(RUNTIME_BYTES[device.kind]), f"a process on {device.kind} before it has a model"),
     ]
+
+
+def _snapshot(shape: ModelShape, request: Request, others: list[Term]) -> list[Term]:
+    """What a checkpoint's copy, in the same memory on a CPU, takes beyond what a step has freed by then."""
+    count = trainable_parameters(shape, request.tuning)
+    gone = ("gradients", "gradient buckets", "activations", "logits")
+    freed = sum(term.bytes for term in others if term.name in gone)
+    why = f"{_count(count)} x 12 bytes, a checkpoint's copy, less what a step has freed"
+    return [Term("snapshot", 12 * count - freed, why)] if 12 * count > freed else []
 
 
 def weight_bytes(request: Request, device: Device) -> int:

@@ -15,8 +15,13 @@ def assert_learned(artifact: Path, base: Path, prefers: bool = True) -> None:
     """It loads, and prefers good answers to bad ones by more than the base model does; else it answers otherwise."""
     config = _config(artifact)
     if config.get("task_type") == "SEQ_CLS" or "SequenceClassification" in str(config.get("architectures")):
-        sure = _verdict(_load(artifact, base, config, heads=True))
-        assert sure > 0.5, f"the true class has a probability of {sure:.3f}"
+        model = _load(artifact, base, config, heads=True)
+        if _labels_of(model) > 1:
+            sure = _certainty(model)
+            assert sure > 0.5, f"the true class has a probability of {sure:.3f}"
+        else:
+            better = _verdict(model)
+            assert better > 0, f"good answers score {better:.3f} above bad ones"
         return
     before, after = _preference(_load(None, base, config)), _preference(_load(artifact, base, config))
     assert after > before or (not prefers and abs(after - before) > CHANGED), (
@@ -74,18 +79,36 @@ def _log_probability(model: Any, question: str, words: list[str]) -> float:
     return float(found.gather(1, torch.tensor(tail)[:, None]).sum()) / len(QUESTIONS)
 
 
-def _verdict(model: Any) -> float:
+def _labels_of(model: Any) -> int:
+    return int(getattr(model, "base_model", model).config.num_labels)
+
+
+def _certainty(model: Any) -> float:
     """The mean probability of the true class, of rows that nobody has learned."""
+    shares = [
+        _scores(model, row["text"]).softmax(-1)[["first", "second"].index(row["label"])]
+        for row in itertools.islice(rows({"format": "Labelled"}), 900, 964)
+    ]
+    return float(sum(shares)) / len(shares)
+
+
+def _verdict(model: Any) -> float:
+    """How much higher answers of good words score than those of bad ones."""
+    margins = [
+        _scores(model, f"{question} {' '.join(GOOD[:3])}") - _scores(model, f"{question} {' '.join(BAD[:3])}")
+        for question in QUESTIONS
+    ]
+    return float(sum(margins)) / len(margins)
+
+
+def _scores(model: Any, text: str) -> Any:
     import torch
 
-    tokenizer, found = _tokenizer(model), []
-    for row in itertools.islice(rows({"format": "Labelled"}), 900, 964):
-        # What a head reads is the end of the text.
-        ids = [*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id]
-        with torch.no_grad():
-            shares = model(input_ids=torch.tensor([ids])).logits[0].float().softmax(-1)
-        found.append(float(shares[int(row["label"] == "second")]))
-    return sum(found) / len(found)
+    tokenizer = _tokenizer(model)
+    # What a head reads is the end of the text.
+    ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids])).logits[0].float()
 
 
 _TOKENIZERS: dict[str, Any] = {}

@@ -43,7 +43,7 @@ def _rule(expression: str) -> list[Spec]:
 
 RULE = "completion.count('e') + completion.count('a') + completion.count('o')"
 ANSWERS = {"maxNewTokens": 8}
-ROLLOUT = 32
+ROLLOUT = 64
 """Prompts of a step where a model learns from its own answers: their scores differ by chance."""
 SFT: Spec = {"type": "SFT", "sft": {"loss": "Completion"}}
 DPO: Spec = {"type": "DPO", "dpo": {"beta": 0.1}}
@@ -121,7 +121,7 @@ TUNINGS: dict[str, Spec] = {
     "Freeze": {"type": "Freeze", "freeze": {"trainableLayers": 1}},
     "Full": {"type": "Full"},
 }
-RATES = {"IA3": 0.05, "PromptTuning": 0.05, "PrefixTuning": 0.05, "Freeze": 0.005, "Full": 0.005}
+RATES = {"IA3": 0.05, "PromptTuning": 0.05, "PrefixTuning": 0.2, "Freeze": 0.005, "Full": 0.005}
 ZERO = ("ZeRO1", "ZeRO2", "ZeRO3")
 
 
