@@ -2,13 +2,14 @@
 
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from support.teaching import BAD, GOOD, rows
+from support.teaching import rows
 
 CHANGED = 1e-3
-QUESTIONS = [f"Number {number}: which words of {GOOD[number % 8]} {BAD[number % 8]}?" for number in range(900, 912)]
+FIRST, COUNT = 900, 24
 
 
 def assert_learned(artifact: Path, base: Path, prefers: bool = True) -> None:
@@ -62,21 +63,22 @@ def _labels(artifact: Path) -> int:
 def _preference(model: Any) -> float:
     """The mean log-probability of good answers less that of bad ones, in nats per answer."""
     return sum(
-        _log_probability(model, question, GOOD) - _log_probability(model, question, BAD) for question in QUESTIONS
+        _log_probability(model, row["prompt"], row["chosen"]) - _log_probability(model, row["prompt"], row["rejected"])
+        for row in _unseen("Preference")
     )
 
 
-def _log_probability(model: Any, question: str, words: list[str]) -> float:
+def _log_probability(model: Any, question: str, answer: str) -> float:
     import torch
 
     tokenizer = _tokenizer(model)
     head = tokenizer(question)["input_ids"]
-    tail = tokenizer("".join(f" {word}" for word in words[:3]), add_special_tokens=False)["input_ids"]
+    tail = tokenizer(answer, add_special_tokens=False)["input_ids"]
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([head + tail])).logits[0]
     # A prompt of virtual tokens stands before.
     found = logits[-len(tail) - 1 : -1].log_softmax(-1)
-    return float(found.gather(1, torch.tensor(tail)[:, None]).sum()) / len(QUESTIONS)
+    return float(found.gather(1, torch.tensor(tail)[:, None]).sum()) / COUNT
 
 
 def _labels_of(model: Any) -> int:
@@ -84,31 +86,36 @@ def _labels_of(model: Any) -> int:
 
 
 def _certainty(model: Any) -> float:
-    """The mean probability of the true class, of rows that nobody has learned."""
+    """The mean probability of the true class."""
     shares = [
-        _scores(model, row["text"]).softmax(-1)[["first", "second"].index(row["label"])]
-        for row in itertools.islice(rows({"format": "Labelled"}), 900, 964)
+        _scores(model, row["text"]).softmax(-1)[["first", "second"].index(row["label"])] for row in _unseen("Labelled")
     ]
-    return float(sum(shares)) / len(shares)
+    return float(sum(shares)) / COUNT
 
 
 def _verdict(model: Any) -> float:
-    """How much higher answers of good words score than those of bad ones."""
+    """How much higher good answers score than bad ones; an answer ends with EOS."""
     margins = [
-        _scores(model, f"{question} {' '.join(GOOD[:3])}") - _scores(model, f"{question} {' '.join(BAD[:3])}")
-        for question in QUESTIONS
+        _scores(model, f"{row['prompt']}{row['chosen']}", ends=True)
+        - _scores(model, f"{row['prompt']}{row['rejected']}", ends=True)
+        for row in _unseen("Preference")
     ]
-    return float(sum(margins)) / len(margins)
+    return float(sum(margins)) / COUNT
 
 
-def _scores(model: Any, text: str) -> Any:
+def _scores(model: Any, text: str, ends: bool = False) -> Any:
+    """What the head says of the last token."""
     import torch
 
     tokenizer = _tokenizer(model)
-    # What a head reads is the end of the text.
-    ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    ids = tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] * ends
     with torch.no_grad():
         return model(input_ids=torch.tensor([ids])).logits[0].float()
+
+
+def _unseen(form: str) -> Iterator[dict[str, Any]]:
+    """Rows that nobody has learned."""
+    return itertools.islice(rows({"format": form}), FIRST, FIRST + COUNT)
 
 
 _TOKENIZERS: dict[str, Any] = {}

@@ -121,7 +121,7 @@ TUNINGS: dict[str, Spec] = {
     "Freeze": {"type": "Freeze", "freeze": {"trainableLayers": 1}},
     "Full": {"type": "Full"},
 }
-RATES = {"IA3": 0.05, "PromptTuning": 0.05, "PrefixTuning": 0.2, "Freeze": 0.005, "Full": 0.005}
+RATES = {"IA3": 0.05, "PromptTuning": 0.2, "PrefixTuning": 0.2, "Freeze": 0.005, "Full": 0.005}
 ZERO = ("ZeRO1", "ZeRO2", "ZeRO3")
 
 
