@@ -45,6 +45,8 @@ class Attempt(ApiModel):
     """Name of its batch/v1 Job."""
     uid: ShortText | None = None
     """UID of its Job: the last segment of the output prefix."""
+    workers: Count | None = None
+    """Pods of its gang."""
     start_time: datetime.datetime | None = None
     completion_time: datetime.datetime | None = None
     outcome: Literal["Succeeded", "Preempted", "Retryable", "Permanent"] | None = None

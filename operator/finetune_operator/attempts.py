@@ -15,6 +15,10 @@ LOST_AFTER = datetime.timedelta(seconds=60)
 """How long after the end of its grace a pod that is being deleted may still be there before its node counts as lost."""
 BACKOFF_SECONDS = 10.0
 MAX_BACKOFF_SECONDS = 600.0
+LESS_MEMORY = (
+    "a shorter training.maxLength, tuning.type QLoRA or distribution.offload needs less; a profile's GPUs may have more"
+)
+"""What is left to a person where a smaller micro-batch does not help."""
 
 
 def update(known: Sequence[Attempt], observed: Observed, now: datetime.datetime) -> tuple[Attempt, ...]:
@@ -23,12 +27,25 @@ def update(known: Sequence[Attempt], observed: Observed, now: datetime.datetime)
     children = {child.attempt: child for child in observed.gangs}
     for number, child in children.items():
         assert number is not None
-        by_number.setdefault(number, Attempt(number=number, job=child.name, uid=child.uid))
-    updated = [
-        attempt if attempt.outcome else _observe(attempt, children.get(number), observed, now)
-        for number, attempt in sorted(by_number.items())
-    ]
+        by_number.setdefault(number, Attempt(number=number, job=child.name, uid=child.uid, workers=child.workers))
+    updated: list[Attempt] = []
+    for number, attempt in sorted(by_number.items()):
+        seen = attempt if attempt.outcome else _observe(attempt, children.get(number), observed, now)
+        updated.append(seen if attempt.outcome else _once_only(seen, updated))
     return bounded(updated)
+
+
+def _once_only(ended: Attempt, before: Sequence[Attempt]) -> Attempt:
+    """What follows an OutOfMemory has half the micro-batch: where that is too much as well, a third will be."""
+    if ended.reason != Reason.OUT_OF_MEMORY or ran_out_of_memory(before) is None:
+        return ended
+    text = f"{ended.message or 'out of memory again'}; its micro-batch was half of that which was too much before"
+    return ended.model_copy(update={"outcome": "Permanent", "message": f"{text}; {LESS_MEMORY}"})
+
+
+def ran_out_of_memory(attempts: Sequence[Attempt]) -> Attempt | None:
+    """The first attempt that a GPU's memory was too small for."""
+    return next((attempt for attempt in attempts if attempt.reason == Reason.OUT_OF_MEMORY), None)
 
 
 def _observe(attempt: Attempt, child: Child | None, observed: Observed, now: datetime.datetime) -> Attempt:
@@ -86,6 +103,11 @@ def _started(child: Child, pods: Sequence[Pod]) -> datetime.datetime | None:
 
 def is_lost(pod: Pod, now: datetime.datetime) -> bool:
     return not pod.over and pod.deletion is not None and now >= pod.deletion + LOST_AFTER
+
+
+def permanent(attempts: Sequence[Attempt]) -> tuple[Attempt, ...]:
+    """With the last one's end as final."""
+    return (*attempts[:-1], attempts[-1].model_copy(update={"outcome": "Permanent"}))
 
 
 def failures(attempts: Sequence[Attempt]) -> int:

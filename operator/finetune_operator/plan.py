@@ -11,19 +11,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from finetune_api import placing
 from finetune_api.failures import MAX_FIGURES, Reason
 from finetune_api.figures import foremost
 from finetune_api.job import FineTuneJob
 from finetune_api.jobstatus import Attempt, DataStatus, FineTuneJobStatus, ResultStatus, State
 from finetune_api.profile import FineTuneProfile
 from finetune_api.run import PreparedSummary
-from finetune_api.sizing import DoesNotFit, Sizing, size
-from finetune_api.stages import EffectiveStage, effective
+from finetune_api.sizing import DoesNotFit
 from finetune_operator import attempts as history
 from finetune_operator import manifests, status
 from finetune_operator.accept import Refusal, Subject, check, select_profile
 from finetune_operator.classify import ending
+from finetune_operator.fitting import NothingSmaller, fit
 from finetune_operator.manifests import Context
 from finetune_operator.observe import Child, Observed, Pod
 from finetune_operator.status import Decision, Note
@@ -229,23 +228,27 @@ def _prepare(situation: Situation, job: FineTuneJob, profile: FineTuneProfile) -
 
 def _start(situation: Situation, job: FineTuneJob, profile: FineTuneProfile, prepared: PreparedSummary) -> Step:
     """The data is ready and no gang runs: may the next attempt begin?"""
+    last = situation.attempts[-1] if situation.attempts else None
+    number, workers = last.number + 1 if last else 0, job.spec.distribution.workers
     try:
-        sizings = sized(job, profile, prepared)
+        found = fit(job, profile, prepared, situation.attempts, workers)
     except DoesNotFit as error:
         return situation.fail(Reason.DOES_NOT_FIT, str(error))
-    data, sizing = _data(prepared), max(sizings, key=lambda sizing: sizing.memory_per_gpu)
-    last = situation.attempts[-1] if situation.attempts else None
-    number = last.number + 1 if last else 0
+    except NothingSmaller as error:
+        ended = replace(situation, attempts=history.permanent(situation.attempts))
+        return ended.fail(Reason.OUT_OF_MEMORY, str(error))
+    data, sizing = _data(prepared), found.largest
     if last and last.outcome == "Retryable" and last.completion_time:
         due = last.completion_time + history.backoff(situation.subject.uid, history.failures(situation.attempts))
         if situation.now < due:
-            text = f"attempt {number} starts at {due:%H:%M:%S} UTC; {last.reason}: {last.message}"
+            how = f" with {found.smaller}" if last.reason == Reason.OUT_OF_MEMORY else ""
+            text = f"attempt {number} starts at {due:%H:%M:%S} UTC{how}; {last.reason}: {last.message}"
             return Step(situation.stand(Decision("Retrying", text, data=data, sizing=sizing)), due=(due,))
     if lingering := _lingering(situation):
         text = f"attempt {number} waits for {', '.join(lingering[:3])} of the one before to end"
         decision = situation.stand(Decision("Starting", text, data=data, sizing=sizing))
         return Step(decision, due=(situation.now + LOOK_AGAIN,))
-    attempt = Attempt(number=number, job=manifests.child_name(job.metadata.name, number))
+    attempt = Attempt(number=number, job=manifests.child_name(job.metadata.name, number), workers=workers)
     step = Step(
         Decision(
             "Queued" if _queue(job) else "Starting",
@@ -255,7 +258,7 @@ def _start(situation: Situation, job: FineTuneJob, profile: FineTuneProfile, pre
             sizing=sizing,
             gpus=manifests.devices(job.spec, profile.spec).world_size,
         ),
-        create=manifests.gang(job, profile, situation.context, number, prepared, sizings),
+        create=manifests.gang(job, profile, situation.context, number, prepared, found.sizings),
     )
     return _within_pre_running(situation, job, situation.now, step)
 
@@ -268,26 +271,6 @@ def _start_text(job: FineTuneJob, attempt: Attempt) -> str:
     if queue := _queue(job):
         return f"attempt {attempt.number} waits for queue {queue}"
     return f"attempt {attempt.number} starts {_workers(job.spec.distribution.workers)}"
-
-
-def sized(job: FineTuneJob, profile: FineTuneProfile, prepared: PreparedSummary) -> list[Sizing]:
-    """One for each stage. Raises DoesNotFit."""
-    stages = effective(job.spec)
-    return [_sized(stages, number, profile, prepared) for number in range(len(stages))]
-
-
-def _sized(
-    stages: Sequence[EffectiveStage], number: int, profile: FineTuneProfile, prepared: PreparedSummary
-) -> Sizing:
-    shape, max_tokens, name = prepared.model, prepared.max_tokens, stages[number].name
-    if prepared.stages:
-        own = prepared.stages[number]
-        targets = {"target_features": own.target_features, "target_outputs": own.target_outputs}
-        shape, max_tokens = shape.model_copy(update=targets), own.max_tokens
-    try:
-        return size(shape, placing.request_of(stages, number, max_tokens), placing.device_of(profile.spec))
-    except DoesNotFit as error:
-        raise (DoesNotFit(f"stage {name}: {error}") if name else error) from error
 
 
 def _data(prepared: PreparedSummary) -> DataStatus:

@@ -195,6 +195,8 @@ def notes(old: FineTuneJobStatus, new: FineTuneJobStatus) -> tuple[Note, ...]:
             )
         )
     found += _attempt_notes(old, new)
+    if old.sizing and new.sizing and (text := _resized(old.sizing, new.sizing)):
+        found.append(Note("Normal", "Resized", text))
     for state in ("Preparing", "Queued", "Suspended", "Running", "Publishing", "Complete"):
         if new.state == state != old.state:
             found.append(Note("Normal", state, new.message or state))
@@ -217,6 +219,16 @@ def _attempt_notes(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Note]
             reason = attempt.reason or attempt.outcome
             found.append(Note("Warning", reason, f"attempt {attempt.number}: {attempt.message or attempt.outcome}"))
     return found
+
+
+def _resized(old: Sizing, new: Sizing) -> str:
+    before, after = ((s.micro_batch_size, s.gradient_accumulation) for s in (old, new))
+    if before == after:
+        return ""
+    return (
+        f"micro-batch {after[0]} instead of {before[0]} and gradient accumulation {after[1]} instead of {before[1]}: "
+        f"a step learns from as many examples as before"
+    )
 
 
 def _problem(status: FineTuneJobStatus) -> Note | None:

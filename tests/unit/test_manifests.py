@@ -11,7 +11,7 @@ from finetune_api.model import quantity
 from finetune_api.profile import FineTuneProfile
 from finetune_api.run import RunConfig
 from finetune_operator import manifests
-from finetune_operator.plan import sized
+from finetune_operator.fitting import sized
 from support.world import CONTEXT, PREPARED, JobBuilder, Object, make_job, make_profile
 
 FULL_PROFILE: dict[str, Any] = {
