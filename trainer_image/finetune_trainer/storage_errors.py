@@ -6,6 +6,10 @@ FineTuneError
   └─ AlreadyExists   a conditional write found the key taken by something else
 """
 
+import errno
+import os
+import shutil
+from pathlib import Path
 from typing import Any
 
 from botocore.exceptions import (
@@ -16,10 +20,13 @@ from botocore.exceptions import (
     IncompleteReadError,
     NoCredentialsError,
     PartialCredentialsError,
+    SSLError,
 )
 from botocore.exceptions import (
     ConnectionError as StoreConnectionError,
 )
+from botocore.parsers import ResponseParserError
+from urllib3.exceptions import HTTPError
 
 from finetune_api.failures import FineTuneError, Reason
 
@@ -42,15 +49,37 @@ _DENIED = {
     "Forbidden": "the credentials do not allow this",
     "InvalidAccessKeyId": "the access key is not known to the store (AWS_ACCESS_KEY_ID)",
     "SignatureDoesNotMatch": "the secret key does not belong to the access key (AWS_SECRET_ACCESS_KEY)",
-    "ExpiredToken": "the session token has expired (AWS_SESSION_TOKEN)",
+    "ExpiredToken": "the session token has expired (AWS_SESSION_TOKEN); renew the Secret of spec.credentials",
+    "ExpiredTokenException": "the session token has expired (AWS_SESSION_TOKEN); renew the Secret of spec.credentials",
+    "TokenRefreshRequired": "the session token has expired (AWS_SESSION_TOKEN); renew the Secret of spec.credentials",
     "InvalidToken": "the session token is not valid (AWS_SESSION_TOKEN)",
     "NoSuchBucket": "this bucket does not exist",
+    "AuthorizationHeaderMalformed": "the bucket is in another region than the profile's storage.region",
+    "PermanentRedirect": "the bucket is in another region than the profile's storage.region",
+    "IllegalLocationConstraintException": "the bucket is in another region than the profile's storage.region",
+    "KMS.NotFoundException": "the profile's storage.kmsKeyId names a key that does not exist",
+    "KMS.DisabledException": "the key of the profile's storage.kmsKeyId is disabled",
+    "KMS.KMSInvalidStateException": "the key of the profile's storage.kmsKeyId cannot be used in its state",
 }
 _MISSING = {"NoSuchKey", "NoSuchVersion", "404", "NotFound"}
 _PRECONDITION = {"PreconditionFailed", "412"}
-BROKEN = (HTTPClientError, StoreConnectionError, IncompleteReadError)
-"""What boto3 raises where a connection failed: worth another try."""
+_NEVER = {501, 505}
+"""The store does not know the operation, and will not know it the next time."""
+BROKEN = (HTTPClientError, StoreConnectionError, IncompleteReadError, ResponseParserError, HTTPError)
+"""What is raised where a connection failed, or an answer arrived in part: worth another try."""
+FAILED = (ClientError, BotoCoreError, ResponseParserError)
+"""All that a request can end with."""
 RETRYABLE_STATUS = {408, 409, 425, 429}
+RETRYABLE_CODES = {"RequestTimeout", "XAmzContentSHA256Mismatch", "BadDigest", "IncompleteBody", "RequestTimeTooSkewed"}
+"""With status 400 or 403, and yet worth another try: what was sent arrived late, in part or changed."""
+REFUSED_CREDENTIALS = {
+    "ExpiredToken",
+    "ExpiredTokenException",
+    "TokenRefreshRequired",
+    "InvalidToken",
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+}
 
 
 def code_of(error: ClientError) -> str:
@@ -63,6 +92,13 @@ def status_of(error: ClientError) -> int:
 
 def is_precondition(error: ClientError) -> bool:
     return code_of(error) in _PRECONDITION or status_of(error) == 412
+
+
+def is_passing(status: int, code: str) -> bool:
+    """Whether an answer with this status and error code may be another one the next time."""
+    if code in _DENIED or code in _MISSING or code in _PRECONDITION:
+        return False
+    return status in RETRYABLE_STATUS or (status >= 500 and status not in _NEVER)
 
 
 def explain(error: Exception, action: str, uri: str) -> FineTuneError:
@@ -84,10 +120,9 @@ def _explain_answer(error: ClientError, action: str, uri: str) -> FineTuneError:
         return changed(uri, action)
     message = str(error.response.get("Error", {}).get("Message", "")).strip()
     said = f"{code}: {message}" if message and message != code else code
-    # 501: the store does not know the operation, and will not know it the next time.
-    if (300 <= status < 500 and status not in RETRYABLE_STATUS) or status == 501:
-        return FineTuneError(Reason.STORAGE_DENIED, f"cannot {action} {uri}: the store refused with {said}")
-    return FineTuneError(Reason.STORAGE_UNAVAILABLE, f"cannot {action} {uri}: the store failed with {said}")
+    if is_passing(status, code) or code in RETRYABLE_CODES or status < 300:
+        return FineTuneError(Reason.STORAGE_UNAVAILABLE, f"cannot {action} {uri}: the store failed with {said}")
+    return FineTuneError(Reason.STORAGE_DENIED, f"cannot {action} {uri}: the store refused with {said}")
 
 
 def _explain_silence(error: Exception, action: str, uri: str) -> FineTuneError:
@@ -102,6 +137,10 @@ def _explain_silence(error: Exception, action: str, uri: str) -> FineTuneError:
         endpoint = getattr(error, "kwargs", {}).get("endpoint_url", "the endpoint")
         return FineTuneError(Reason.STORAGE_UNAVAILABLE, f"cannot {action} {uri}: {endpoint} cannot be reached")
     kind = type(error).__name__
+    if isinstance(error, SSLError):
+        return FineTuneError(
+            Reason.STORAGE_DENIED, f"cannot {action} {uri}: the store's certificate is refused: {error}"
+        )
     if isinstance(error, BROKEN):
         return FineTuneError(Reason.STORAGE_UNAVAILABLE, f"cannot {action} {uri}: the connection failed ({kind})")
     if isinstance(error, BotoCoreError):
@@ -115,4 +154,16 @@ def changed(uri: str, action: str = "read", detail: Any = None) -> ObjectChanged
         Reason.DATA_INVALID,
         f"cannot {action} {uri}: the object changed since this job pinned it{tail}; submit the job again to use "
         "what is there now",
+    )
+
+
+def of_disk(error: OSError, path: Path) -> FineTuneError:
+    """`error`, raised by the system while a file was written, as ours."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return FineTuneError(Reason.RANK_FAILED, f"cannot write {path}: {error.strerror or error}")
+    disk = shutil.disk_usage(path.parent)
+    return FineTuneError(
+        Reason.DOES_NOT_FIT,
+        f"cannot write {path}: the work volume is full ({os.strerror(error.errno)}; {disk.free:,} of {disk.total:,} "
+        "bytes are free); spec.resources.ephemeralStorage of the profile says how much a pod gets",
     )
