@@ -57,10 +57,11 @@ def spec_sha256(spec: FineTuneJobSpec) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def devices(spec: FineTuneJobSpec, profile: FineTuneProfileSpec) -> Devices:
+def devices(spec: FineTuneJobSpec, profile: FineTuneProfileSpec, workers: int | None = None) -> Devices:
+    """`workers`: of a gang that is smaller than the spec asks for."""
     return Devices(
         kind="CUDA" if profile.accelerator else "CPU",
-        workers=spec.distribution.workers,
+        workers=workers or spec.distribution.workers,
         processes_per_worker=spec.distribution.gpus_per_worker,
     )
 
@@ -89,12 +90,14 @@ def gang(
     attempt: int,
     prepared: PreparedSummary,
     sizings: Sequence[Sizing],
+    workers: int | None = None,
+    affinity: Object | None = None,
 ) -> tuple[Object, ...]:
     """Service, ConfigMap and Indexed Job of one attempt; the Job comes last, so that its pods find the others.
 
-    `sizings`: one for each stage.
+    `sizings`: one for each stage; `workers`: where they are fewer than the spec asks for.
     """
-    builder = _Builder(job, profile, context, attempt)
+    builder = _Builder(job, profile, context, attempt, workers)
     # All pods live and die together: whatever ends one ends the Job, and the next attempt is another Job.
     policy: list[Object] = [
         {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
@@ -116,6 +119,7 @@ def gang(
         "runtimeClassName": profile.spec.runtime_class_name,
         "nodeSelector": dict(profile.spec.node_selector),
         "tolerations": [toleration.to_json() for toleration in profile.spec.tolerations],
+        "affinity": affinity,
     }
     shm = times(profile.spec.resources.shm, processes)
     template = builder.pod("train", _gang_resources(profile.spec, processes), shm, placement, env)
@@ -126,13 +130,25 @@ def gang(
         builder.config_map(prepared, sizings),
         builder.job(
             template,
-            pods=job.spec.distribution.workers,
+            pods=workers or job.spec.distribution.workers,
             retries=0,
             policy=policy,
             labels={key: value for key, value in labels.items() if value},
             suspend=bool(queue and queue.name),
         ),
     )
+
+
+def without(nodes: Sequence[str], *, strictly: bool) -> Object | None:
+    """The affinity of pods that stay away from these nodes: always, or where there is room elsewhere."""
+    if not nodes:
+        return None
+    # By the node's own name, which its label kubernetes.io/hostname need not be; one requirement takes one name.
+    term = {"matchFields": [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in nodes]}
+    if strictly:
+        return {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [term]}}}
+    preferred = [{"weight": 100, "preference": term}]
+    return {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": preferred}}
 
 
 def times(amount: str, factor: int) -> str:
@@ -160,6 +176,7 @@ class _Builder:
     profile: FineTuneProfile
     context: Context
     attempt: int | None
+    workers: int | None = None
 
     @property
     def name(self) -> str:
@@ -222,7 +239,7 @@ class _Builder:
             image=self.profile.spec.image,
             spec=spec,
             spec_sha256=spec_sha256(spec),
-            devices=devices(spec, self.profile.spec),
+            devices=devices(spec, self.profile.spec, self.workers),
             storage=self.profile.spec.storage,
             data_cache_bytes=max(1, int(quantity(self.profile.spec.data_cache))),
             scratch_uri=f"{(spec.checkpoint.uri or spec.output.uri).rstrip('/')}/.scratch/{meta.uid}/",

@@ -49,6 +49,8 @@ class Pod:
     """Reason and message of its DisruptionTarget condition."""
     evicted: str | None
     """The kubelet's message where it used more of its node than it may."""
+    bound: datetime.datetime | None = None
+    """When it was given its node."""
 
     @property
     def over(self) -> bool:
@@ -75,6 +77,8 @@ class Child:
     finished_at: datetime.datetime | None
     message: str
     """Of the condition that finished it."""
+    selective: bool = False
+    """Its pods refuse some nodes."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,13 @@ def read_job(raw: Object) -> Child:
         finished="Complete" if complete else "Failed" if failed else None,
         finished_at=_time(ended["lastTransitionTime"]) if ended and ended.get("lastTransitionTime") else None,
         message=(ended or {}).get("message") or "",
+        selective=_refuses_nodes(spec),
     )
+
+
+def _refuses_nodes(spec: Object) -> bool:
+    affinity = (((spec.get("template") or {}).get("spec") or {}).get("affinity") or {}).get("nodeAffinity") or {}
+    return "requiredDuringSchedulingIgnoredDuringExecution" in affinity
 
 
 def read_pod(raw: Object) -> Pod:
@@ -174,6 +184,7 @@ def read_pod(raw: Object) -> Pod:
     disrupted = _condition(status, "DisruptionTarget")
     index = (meta.get("annotations") or {}).get("batch.kubernetes.io/job-completion-index")
     refused = scheduled.get("status") == "False" and scheduled.get("reason") == "Unschedulable"
+    bound = scheduled.get("lastTransitionTime") if scheduled.get("status") == "True" else None
     return Pod(
         name=meta["name"],
         owner=controller_uid(raw) or "",
@@ -187,6 +198,7 @@ def read_pod(raw: Object) -> Pod:
         waiting=(waiting["reason"], waiting.get("message") or "") if waiting and waiting.get("reason") else None,
         unschedulable=scheduled.get("message") or "no node has room for the pod" if refused else None,
         disruption=(disrupted.get("reason") or "", disrupted.get("message") or "") if disrupted else None,
+        bound=_time(bound) if bound else None,
         evicted=(status.get("message") or "evicted by its node") if status.get("reason") == "Evicted" else None,
     )
 

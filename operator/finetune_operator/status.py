@@ -214,11 +214,18 @@ def _attempt_notes(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Note]
     for attempt in new.attempts:
         known = before.get(attempt.number)
         if known is None:
-            found.append(Note("Normal", "AttemptStarted", f"created Job {attempt.job}"))
+            found.append(Note("Normal", "AttemptStarted", f"created Job {attempt.job}{_fewer(attempt, old)}"))
         if attempt.outcome and (known is None or not known.outcome) and attempt.outcome != "Succeeded":
             reason = attempt.reason or attempt.outcome
             found.append(Note("Warning", reason, f"attempt {attempt.number}: {attempt.message or attempt.outcome}"))
     return found
+
+
+def _fewer(attempt: Attempt, old: FineTuneJobStatus) -> str:
+    before = old.attempts[-1].workers if old.attempts else None
+    if not (before and attempt.workers) or before == attempt.workers:
+        return ""
+    return f" with {attempt.workers} workers instead of {before}"
 
 
 def _resized(old: Sizing, new: Sizing) -> str:
