@@ -161,12 +161,18 @@ class Store:
     def pin(self, uri: str) -> PinnedObject:
         """The object as it is now. Raises ObjectMissing."""
         bucket, key = parse(uri)
-        try:
-            answer = self._client.head_object(Bucket=bucket, Key=key)
-        except ClientError as error:
-            raise self._why(error, uri) from error
-        except FAILED as error:
-            raise explain(error, "read", uri) from error
+        for again in (True, False):
+            try:
+                answer = self._client.head_object(Bucket=bucket, Key=key)
+                break
+            except ClientError as error:
+                why = self._why(error, uri)
+                # What was true a moment ago may not be now: keys that were renewed in between, above all.
+                if why is None and again:
+                    continue
+                raise (why or explain(error, "read", uri)) from error
+            except FAILED as error:
+                raise explain(error, "read", uri) from error
         version = answer.get("VersionId")
         return _pinned(uri, answer["ContentLength"], answer["ETag"], None if version == "null" else version)
 
@@ -174,17 +180,18 @@ class Store:
         """Objects as they are now, in order."""
         return _each(self.pin, uris)
 
-    def _why(self, error: ClientError, uri: str) -> FineTuneError:
-        """A HEAD has no body and so no error code: a GET tells a missing bucket from a missing key."""
+    def _why(self, error: ClientError, uri: str) -> FineTuneError | None:
+        """A HEAD has no body and so no error code: a GET tells a missing bucket from a missing key.
+
+        None where there is nothing wrong any more.
+        """
         bucket, key = parse(uri)
         try:
             self._client.get_object(Bucket=bucket, Key=key, Range="bytes=0-0")["Body"].close()
-        except ClientError as told:
-            if code_of(told) != "InvalidRange":
+        except FAILED as told:
+            if not (isinstance(told, ClientError) and code_of(told) == "InvalidRange"):
                 return explain(told, "read", uri)
-        except FAILED as silent:
-            return explain(silent, "read", uri)
-        return explain(error, "read", uri)
+        return None
 
     # Reading
 
