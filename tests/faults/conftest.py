@@ -1,0 +1,70 @@
+"""What the fault suite adds: its long form, what it counts, and the theatre that cases are played in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+from support.tally import Tally
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from finetune_sandbox.up import Sandbox
+    from support.api import Api
+    from support.playing import Theatre
+    from support.warm_operator import Nursery
+
+
+@pytest.fixture
+def whole(request: pytest.FixtureRequest) -> bool:
+    """Whether every case is to be tried (`make faults`), or a sample of them."""
+    return bool(request.config.getoption("--whole"))
+
+
+@pytest.fixture
+def tally(request: pytest.FixtureRequest) -> Tally:
+    """For a test that tries many cases: how many of them were survived."""
+    return Tally(request.node.user_properties)
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    from support.warm_operator import nursery
+
+    with nursery() as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def smooth_runs() -> dict[str, object]:
+    """What was played without faults, for all tests."""
+    return {}
+
+
+@pytest.fixture
+async def theatre(
+    cluster: Sandbox,
+    api: Api,
+    nursery: Nursery,
+    smooth_runs: dict[str, object],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Theatre:
+    from support.playing import Theatre
+
+    # One authority for all: pods are told of it, and what they are told is compared.
+    tls = tmp_path_factory.getbasetemp() / "tls"
+    theatre = Theatre(cluster.kubeconfig, api, nursery, tmp_path, tls, smooth_runs=smooth_runs)  # type: ignore[arg-type]
+    await theatre.set_up()
+    return theatre
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    from support.tally import families, lines
+
+    found = families(terminalreporter.stats)
+    for line in lines(found):
+        terminalreporter.write_line(line)
