@@ -254,8 +254,11 @@ class Store:
         with self.open_stream(pinned, start, start + PART) as stream:
             position = start
             while chunk := stream.read(CHUNK):
-                os.pwrite(descriptor, chunk, position)
-                position += len(chunk)
+                rest = memoryview(chunk)
+                # A disk that is nearly full takes a part, and says so only the next time.
+                while rest:
+                    written = os.pwrite(descriptor, rest, position)
+                    position, rest = position + written, rest[written:]
                 if progress:
                     progress(len(chunk))
 
