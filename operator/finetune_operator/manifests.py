@@ -325,9 +325,15 @@ class _Builder:
     def _volumes(self, shm: str) -> list[Object]:
         token = {"path": "token", "audience": audience(self.owner.metadata.uid), "expirationSeconds": 3600}
         authority = {"name": self.name, "items": [{"key": "ca.crt", "path": "ca.crt"}]}
+        sources: list[Object] = [{"serviceAccountToken": token}, {"configMap": authority}]
+        credentials = self.owner.spec.credentials
+        if credentials and credentials.secret_ref:
+            # As files they follow a Secret that is renewed. Optional: what is missing is said of the variables, at once.
+            items = [{"key": key, "path": f"credentials/{key}"} for key, _ in _KEYS]
+            sources.append({"secret": {"name": credentials.secret_ref.name, "items": items, "optional": True}})
         return [
             {"name": "run", "configMap": {"name": self.name, "items": [{"key": "run.json", "path": "run.json"}]}},
-            {"name": "progress", "projected": {"sources": [{"serviceAccountToken": token}, {"configMap": authority}]}},
+            {"name": "progress", "projected": {"sources": sources}},
             {"name": "work", "emptyDir": {}},
             {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": shm}},
         ]
@@ -354,11 +360,8 @@ class _Builder:
             _value("KUBEFLOW_TRAINER_SERVER_TOKEN", "/var/run/finetune/token"),
         ]
         if credentials and credentials.secret_ref:
-            for key, optional in (
-                ("AWS_ACCESS_KEY_ID", False),
-                ("AWS_SECRET_ACCESS_KEY", False),
-                ("AWS_SESSION_TOKEN", True),
-            ):
+            env.append(_value("FINETUNE_CREDENTIALS", "/var/run/finetune/credentials"))
+            for key, optional in _KEYS:
                 ref = {"name": credentials.secret_ref.name, "key": key, "optional": optional}
                 env.append({"name": key, "valueFrom": {"secretKeyRef": ref}})
         if storage.endpoint:
@@ -366,6 +369,10 @@ class _Builder:
         if storage.region:
             env.append(_value("AWS_REGION", storage.region))
         return env
+
+
+_KEYS = (("AWS_ACCESS_KEY_ID", False), ("AWS_SECRET_ACCESS_KEY", False), ("AWS_SESSION_TOKEN", True))
+"""Of the credentials' Secret, and whether they are optional."""
 
 
 def _value(name: str, value: str) -> Object:

@@ -42,47 +42,16 @@ def store(s3: S3, proxy: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         yield opened
 
 
-def write(folder: Path, keys: dict[str, str]) -> None:
+def write(volume: Path, keys: dict[str, str]) -> None:
     """As the kubelet does: the files of one moment lie behind one link, which is exchanged."""
-    place = folder / f"..{len(list(folder.iterdir()))}"
-    place.mkdir()
+    place = volume / f"..{len(list(volume.iterdir()))}"
+    (place / "credentials").mkdir(parents=True)
     for name, value in keys.items():
-        (place / name).write_text(value + "\n")
-        if not (folder / name).exists():
-            (folder / name).symlink_to(f"..data/{name}")
-    (folder / "..new").symlink_to(place.name)
-    (folder / "..new").rename(folder / "..data")
-
-
-@pytest.mark.parametrize("call", ["pin", "read", "write", "list"])
-def test_keys_that_are_renewed_while_the_pod_runs_are_taken_up(
-    s3: S3, proxy: FaultyS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
-    hurry(monkeypatch)
-    for name in KEYS:
-        # What the pod was started with.
-        monkeypatch.setenv(name, "AKIAOUTOFDATEOUTOFDA")
-    monkeypatch.setenv("FINETUNE_CREDENTIALS", str(tmp_path))
-    old, new = new_keys(s3), new_keys(s3)
-    write(tmp_path, old)
-    with impatient(proxy.endpoint, attempts=10) as store:
-        pinned = store.pin("s3://bucket/x")
-        s3.client("iam").delete_access_key(UserName=old["user"], AccessKeyId=old[KEYS[0]])
-
-        def kubelet(request: Request) -> Fault | None:
-            if len(proxy.requests) == 3:
-                write(tmp_path, new)
-            return None
-
-        proxy.start(kubelet)
-        calls = {
-            "pin": lambda: store.pin("s3://bucket/x"),
-            "read": lambda: store.get_bytes(pinned, 10),
-            "write": lambda: store.put_bytes("s3://bucket/y", b"y"),
-            "list": lambda: list(store.list("s3://bucket/")),
-        }
-        calls[call]()
-        assert len(proxy.requests) >= 4
+        (place / "credentials" / name).write_text(value + "\n")
+    (volume / "..new").symlink_to(place.name)
+    (volume / "..new").rename(volume / "..data")
+    if not (volume / "credentials").exists():
+        (volume / "credentials").symlink_to("..data/credentials")
 
 
 def new_keys(s3: S3) -> dict[str, str]:
@@ -98,7 +67,7 @@ def new_keys(s3: S3) -> dict[str, str]:
 def test_keys_that_were_never_good_are_refused_at_once(
     proxy: FaultyS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FINETUNE_CREDENTIALS", str(tmp_path))
+    monkeypatch.setenv("FINETUNE_CREDENTIALS", str(tmp_path / "credentials"))
     write(tmp_path, {KEYS[0]: "AKIAUNKNOWNUNKNOWN00", KEYS[1]: "wrong"})
     with impatient(proxy.endpoint) as store, pytest.raises(FineTuneError, match="AWS_ACCESS_KEY_ID") as caught:
         store.pin("s3://bucket/x")

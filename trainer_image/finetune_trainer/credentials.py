@@ -23,7 +23,7 @@ ACCESS_KEY, SECRET_KEY, TOKEN = "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "A
 def _read(folder: Path) -> dict[str, str]:
     """Of one moment: the kubelet exchanges all files at once, by a link that they lie behind."""
     for _ in range(3):
-        place = (folder / "..data").resolve() if (folder / "..data").exists() else folder
+        place = (folder / "..data" if (folder / "..data").exists() else folder).resolve()
         try:
             found = {name: (place / name).read_text().strip() for name in (ACCESS_KEY, SECRET_KEY)}
             if (place / TOKEN).exists():
