@@ -328,7 +328,7 @@ class _Builder:
         sources: list[Object] = [{"serviceAccountToken": token}, {"configMap": authority}]
         credentials = self.owner.spec.credentials
         if credentials and credentials.secret_ref:
-            # As files they follow a Secret that is renewed. Optional: what is missing is said of the variables, at once.
+            # As files they follow a Secret that is renewed. Optional: it is the variables that say what is missing.
             items = [{"key": key, "path": f"credentials/{key}"} for key, _ in _KEYS]
             sources.append({"secret": {"name": credentials.secret_ref.name, "items": items, "optional": True}})
         return [

@@ -64,6 +64,37 @@ def new_keys(s3: S3) -> dict[str, str]:
     return {"user": name, KEYS[0]: key["AccessKeyId"], KEYS[1]: key["SecretAccessKey"]}
 
 
+@pytest.mark.parametrize("call", ["pin", "read", "write", "list"])
+def test_keys_that_are_renewed_while_the_pod_runs_are_taken_up(
+    s3: S3, proxy: FaultyS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    hurry(monkeypatch)
+    for name in KEYS:
+        # What the pod was started with.
+        monkeypatch.setenv(name, "AKIAOUTOFDATEOUTOFDA")
+    monkeypatch.setenv("FINETUNE_CREDENTIALS", str(tmp_path / "credentials"))
+    old, new = new_keys(s3), new_keys(s3)
+    write(tmp_path, old)
+    with impatient(proxy.endpoint, attempts=10) as store:
+        pinned = store.pin("s3://bucket/x")
+        s3.client("iam").delete_access_key(UserName=old["user"], AccessKeyId=old[KEYS[0]])
+
+        def kubelet(request: Request) -> Fault | None:
+            if len(proxy.requests) == 3:
+                write(tmp_path, new)
+            return None
+
+        proxy.start(kubelet)
+        calls = {
+            "pin": lambda: store.pin("s3://bucket/x"),
+            "read": lambda: store.get_bytes(pinned, 10),
+            "write": lambda: store.put_bytes("s3://bucket/y", b"y"),
+            "list": lambda: list(store.list("s3://bucket/")),
+        }
+        calls[call]()
+        assert len(proxy.requests) >= 4
+
+
 def test_keys_that_were_never_good_are_refused_at_once(
     proxy: FaultyS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
