@@ -30,12 +30,15 @@ from finetune_operator.status import Decision, Note
 Object = Mapping[str, Any]
 LOOK_AGAIN = datetime.timedelta(seconds=20)
 """For what no watch tells of: a profile that appears, a pod whose node does not answer."""
+KEEP_ENDED = 3
+"""Attempts that ended of which the Job, its pods and their logs are kept, the newest."""
 
 
 class Deletion(NamedTuple):
     kind: str
     name: str
-    uid: str
+    uid: str | None
+    """None: that of the object of this name, if it is the job's own."""
     resource_version: str | None = None
 
 
@@ -433,7 +436,8 @@ def _lingering(situation: Situation) -> list[str]:
 
 
 def _superfluous(observed: Observed, step: Step) -> tuple[Deletion, ...]:
-    """Jobs that still run though they are recorded as ended, or though nothing may run."""
+    """Jobs that still run though they are recorded as ended, or though nothing may run; and those whose logs nobody
+    reads any more."""
     still = step.decision.state not in ("Suspended", "Failed", "Complete")
     open_jobs = {a.number for a in step.decision.attempts if a.outcome is None}
     unwanted = [
@@ -442,16 +446,22 @@ def _superfluous(observed: Observed, step: Step) -> tuple[Deletion, ...]:
         if child is step.discard
         or (child.finished is None and not (still and (child.attempt is None or child.attempt in open_jobs)))
     ]
-    return tuple(Deletion("Job", child.name, child.uid) for child in unwanted if not child.deleting)
+    ended = {a.number for a in step.decision.attempts if a.outcome}
+    old = [child for child in observed.gangs if child.finished and child.attempt in ended][:-KEEP_ENDED]
+    return tuple(deletion for child in (*unwanted, *old) if not child.deleting for deletion in _whole(child))
+
+
+def _whole(child: Child) -> tuple[Deletion, ...]:
+    """The Job comes last: as long as it is there, what belongs to it is still to be deleted. The ConfigMap of `prepare`
+    stays, for the next one of the same name."""
+    parts = () if child.attempt is None else ("Service", "ConfigMap")
+    return (*(Deletion(kind, child.name, None) for kind in parts), Deletion("Job", child.name, child.uid))
 
 
 def _after_the_end(subject: Subject, observed: Observed, now: datetime.datetime) -> Plan:
     """A finished job never runs again: what still runs of it goes, and at the end of its ttl it goes itself."""
-    left = tuple(
-        Deletion("Job", child.name, child.uid)
-        for child in observed.jobs
-        if child.finished is None and not child.deleting
-    )
+    running = (child for child in observed.jobs if child.finished is None and not child.deleting)
+    left = tuple(deletion for child in running for deletion in _whole(child))
     ttl = subject.ttl_seconds
     if ttl is None or subject.status.completion_time is None:
         return Plan(subject.status, delete=left)

@@ -116,7 +116,8 @@ async def _carry_out(
             raise NotYet("the job changed meanwhile")
         raw = written
     for kind, name, uid, version in decided.delete:
-        await cluster.delete(kind, key[0], name, uid, version)
+        if uid := uid or await _own(cluster, subject, kind, name):
+            await cluster.delete(kind, key[0], name, uid, version)
     await _tell(cluster, subject, decided, clock())
     # What was there already may have come further than a new one, and was not looked at.
     return Result(0.0 if known else decided.requeue_after, decided.status.state, raw)
@@ -174,6 +175,13 @@ async def _create(cluster: Cluster, subject: Subject, manifest: Object) -> tuple
         await cluster.delete(kind, subject.namespace, name, found["metadata"]["uid"])
         raise NotYet(f"{kind} {name} is out of date")
     return {**found, "kind": kind}, True
+
+
+async def _own(cluster: Cluster, subject: Subject, kind: str, name: str) -> str | None:
+    """UID of the object of this name; None where it is gone, or somebody else's."""
+    found = await cluster.get(kind, subject.namespace, name)
+    uid: str | None = found["metadata"]["uid"] if found and controller_uid(found) == subject.uid else None
+    return uid
 
 
 def _of_namesake(found: Object, subject: Subject) -> bool:

@@ -238,6 +238,10 @@ class World:
         self.job["metadata"]["resourceVersion"] = str(int(self.job["metadata"]["resourceVersion"]) + 1)
 
     @property
+    def deleted_jobs(self) -> list[str]:
+        return [name for name in self.deleted if name.startswith("Job/")]
+
+    @property
     def status(self) -> FineTuneJobStatus:
         return Subject.read(self.job).status
 

@@ -96,7 +96,7 @@ async def test_where_there_is_no_other_it_is_better_than_none() -> None:
     await world.settle()
     world.later(300)
     await world.settle()
-    assert world.deleted == ["Job/support-bot-2"]
+    assert world.deleted_jobs == ["Job/support-bot-2"]
     assert "away from the nodes that failed" in (world.status.message or "")
     world.sweep("support-bot-2")
     world.later((await world.settle()) or 0)

@@ -57,7 +57,7 @@ async def test_half_a_gang_gives_its_places_back_and_pays_no_attempt() -> None:
     await passes(world, GRACE - 1)
     assert world.deleted == []
     await passes(world, 1)
-    assert world.deleted == ["Job/support-bot-0"]
+    assert world.deleted_jobs == ["Job/support-bot-0"]
     assert world.state == "Queued"
     [attempt] = world.status.attempts
     assert (attempt.outcome, attempt.reason, attempt.workers, attempt.placed) == ("Preempted", "Unschedulable", 4, 3)
@@ -114,7 +114,7 @@ async def test_pods_that_a_quota_refuses_count_as_unplaced() -> None:
     world = await asked(placed=4)
     del world.objects["Pod", "support-bot-0-3-x"]
     await passes(world, GRACE)
-    assert world.deleted == ["Job/support-bot-0"]
+    assert world.deleted_jobs == ["Job/support-bot-0"]
 
 
 async def test_a_queue_has_its_own_way() -> None:
@@ -161,7 +161,7 @@ async def test_it_starts_with_as_many_as_found_a_node() -> None:
     await passes(world, 199)
     assert world.deleted == []
     await passes(world, 1)
-    assert world.deleted == ["Job/support-bot-0"]
+    assert world.deleted_jobs == ["Job/support-bot-0"]
     world.sweep("support-bot-0")
     await world.settle()
     assert workers(world, 1) == 3

@@ -96,12 +96,23 @@ async def crowded(world: World) -> None:
     await world.settle()
 
 
+async def often_preempted(world: World) -> None:
+    await world.settle()
+    world.prepared()
+    await world.settle()
+    for number in range(5):
+        world.run(f"support-bot-{number}")
+        await world.settle()
+        world.fail(f"support-bot-{number}", Reason.PREEMPTED)
+        await world.settle()
+
+
 def outcome(world: World) -> object:
     attempts = [(a.number, a.job, a.outcome, a.reason) for a in world.status.attempts]
     return world.state, attempts, world.names("Job"), world.names("Service"), world.names("ConfigMap"), world.gone
 
 
-@pytest.mark.parametrize("story", [smooth, stony, hopeless, crowded])
+@pytest.mark.parametrize("story", [smooth, stony, hopeless, crowded, often_preempted])
 async def test_a_crash_after_any_write_leads_to_the_same_end(story: Story) -> None:
     straight = World(make_job().build())
     await story(straight)
