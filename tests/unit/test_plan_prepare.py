@@ -114,7 +114,7 @@ async def test_an_answer_that_was_lost_with_its_pod_is_asked_for_again() -> None
     await world.settle()
     world.finish("support-bot-prepare", "Complete")
     await world.settle()
-    assert world.deleted == ["Job/support-bot-prepare"]
+    assert world.deleted_jobs == ["Job/support-bot-prepare"]
     assert world.created.count("Job/support-bot-prepare") == 2
     world.prepared()
     await world.settle()
@@ -195,7 +195,7 @@ async def test_the_time_before_running_is_bounded() -> None:
     failed = world.status.condition("Failed")
     assert failed
     assert failed.reason == "PreRunningDeadlineExceeded"
-    assert world.deleted == ["Job/support-bot-prepare"]
+    assert world.deleted_jobs == ["Job/support-bot-prepare"]
 
 
 async def test_preparing_itself_may_take_longer() -> None:
