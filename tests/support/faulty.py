@@ -176,6 +176,8 @@ class FaultyProxy(Proxy):
     commits: Counter[Call] = field(default_factory=Counter)
     """What was written, however it was answered."""
     kill: Callable[[], Awaitable[None]] | None = None
+    down: Refuse | Reset | Hang | None = None
+    """What every request gets, and every open watch ends with, while the API server is away."""
     remembered: dict[str, tuple[int, bytes]] = field(default_factory=dict)
 
     def script(self, *rules: Rule) -> None:
@@ -190,7 +192,7 @@ class FaultyProxy(Proxy):
         body = await request.read()
         call = read_call(request.method, request.path, request.query, body)
         self.calls.append(call)
-        fault = next((rule.fault for rule in self.rules if rule.applies(call)), None)
+        fault = self.down or next((rule.fault for rule in self.rules if rule.applies(call)), None)
         if call.verb == "watch" and not isinstance(fault, Refuse | Reset | Hang):
             return await self._watch(request, call)
         match fault:
@@ -255,6 +257,9 @@ class FaultyProxy(Proxy):
             while not gone(request):
                 reading = reading or asyncio.create_task(answer.content.readany())
                 await asyncio.wait([reading], timeout=0.5)
+                if self.down:
+                    hang_up(request)
+                    return
                 if not reading.done():
                     continue
                 chunk, reading = reading.result(), None
