@@ -142,7 +142,9 @@ def test_a_checkpoint_whose_best_one_is_gone_is_not_resumed(s3: S3, model: Path,
     assert evaluations(after) == pytest.approx(seen, abs=1e-4)
 
 
-def test_what_diverges_ends_with_its_last_good_checkpoint(s3: S3, model: Path, tmp_path: Path) -> None:
+def test_what_diverges_ends_with_its_last_good_checkpoint(
+    s3: S3, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     training = {"maxSteps": 40, "learningRate": 4, "warmupRatio": 0.25, "schedule": "Constant"}
     every = {"checkpoint": {"interval": {"type": "Steps", "steps": 1}, "keep": 1}}
     gang = make_gang(tmp_path, s3, model, bucket_prefix="diverged", training=training, tuning={"type": "Full"}, **every)
@@ -161,6 +163,8 @@ def test_what_diverges_ends_with_its_last_good_checkpoint(s3: S3, model: Path, t
     assert f"the last good checkpoint is of step {good}: {scratch}checkpoints/step-{good:08d}/" in said
     published = f"{scratch}good/job/step-{good:08d}/"
     assert said.endswith(f"a job can start from its weights with baseModel.uri {published}")
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
     fetch_verified(Store(gang.config.storage), f"{published}manifest.json", tmp_path / "good")
     kept = AutoModelForCausalLM.from_pretrained(tmp_path / "good").state_dict()
     saved = state.parameters_of(gang.work(0).checkpoints / f"step-{good:08d}")

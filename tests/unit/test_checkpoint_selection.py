@@ -3,8 +3,8 @@
 import pytest
 
 from finetune_api.job import CheckpointInterval
-from finetune_trainer.checkpoint import complete_steps, name_of, superfluous
 from finetune_trainer.pace import FIRST_SECONDS, LEAST_SECONDS, MTBF_SECONDS, Pace, auto_seconds
+from finetune_trainer.steps import complete_steps, name_of, superfluous
 
 PREFIX = "s3://bucket/.scratch/u/checkpoints"
 

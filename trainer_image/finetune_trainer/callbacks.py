@@ -10,7 +10,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune_api.failures import FineTuneError, Reason
-from finetune_trainer import log
+from finetune_trainer import heartbeat, log
 from finetune_trainer.batches import Plan
 from finetune_trainer.control import Control
 from finetune_trainer.distributed import Ranks
@@ -74,10 +74,14 @@ class Steering(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._ready()
 
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        heartbeat.begin()
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         last = state.global_step >= state.max_steps
         due = self._ranks.is_main and not last and self._due(state.global_step)
         stop, save = self._ranks.any([self._signals.received, due])
+        heartbeat.step(state.global_step)
         if stop and not last:
             self.stopped = control.should_training_stop = True
         # Who is asked to end saves at once; what is due then is evaluated when the run is resumed.

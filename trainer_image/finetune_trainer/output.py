@@ -11,7 +11,6 @@ import torch
 from finetune_api.failures import TrainingResult
 from finetune_api.manifest import RunInfo
 from finetune_trainer import card, htmlreport, log, save
-from finetune_trainer.checkpoint import name_of
 from finetune_trainer.facts import Evidence, Facts
 from finetune_trainer.journal import Journal
 from finetune_trainer.model import Task
@@ -20,6 +19,7 @@ from finetune_trainer.report import Reporter
 from finetune_trainer.results import RECORD, Record, StageEnd, publish_result, read_record
 from finetune_trainer.start import StageRun
 from finetune_trainer.state import Tensors
+from finetune_trainer.steps import name_of
 from finetune_trainer.storage import Store, join
 from finetune_trainer.storage_errors import ObjectMissing
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune_api.failures import FineTuneError, Reason
 from finetune_api.run import RunConfig
-from finetune_trainer import distributed, log, model, state
+from finetune_trainer import distributed, heartbeat, log, model, state
 from finetune_trainer.callbacks import Progress, Seeds, Signals, Steering
 from finetune_trainer.checkpoint import Checkpoints, Resumed
 from finetune_trainer.control import Control
@@ -64,10 +64,11 @@ class Course:
             raise self._with_last_sound(error) if error.reason == Reason.DIVERGED else error from None
         if self._steering.stopped:
             self._checkpoints.wait()
+            text = f"the pod was asked to end after step {journal.step} of {self._data.plan.total_steps}"
+            if trouble := self._checkpoints.trouble(journal.step):
+                text += f"; its checkpoint could not be stored: {trouble}"
             distributed.stop(ranks)
-            raise FineTuneError(
-                Reason.PREEMPTED, f"the pod was asked to end after step {journal.step} of {self._data.plan.total_steps}"
-            )
+            raise FineTuneError(Reason.PREEMPTED, text)
         best = self._control.best
         if best is None:
             return
@@ -87,11 +88,13 @@ class Course:
         if packed(self._config):
             model.assert_packing(trainer.model_wrapped, trainer.batches.flat, self._ranks.device)
         trainer.begin()
+        self._checkpoints.prepare(trainer)
         if self._resumed:
             state.restore(trainer, self._resumed.directory, self._resumed.saved)
             trainer.start_at(self._resumed.saved.step)
             self._catch_up()
         else:
+            heartbeat.enter("Evaluating")
             journal.before = self._measure_before()
         self._reporter.phase("Training")
         # From here on a signal waits for the end of the step, and after the last one for the adapter.
@@ -103,19 +106,22 @@ class Course:
         """Whoever was asked to end saved without evaluating; and who had stopped early is not to go on."""
         if self._control.evaluates(self._journal.step) and not self._journal.is_evaluated():
             self._evaluate()
-        self._reporter.warn(self._control.warning)
+        self._reporter.warn("over-fitting", self._control.warning)
         if self._control.stops:
             self._trainer.batches.first_step = self._data.plan.total_steps
 
     def _due(self, step: int) -> bool:
+        self._checkpoints.check()
         return not self._checkpoints.uploading and self._pace.due(step, time.monotonic())
 
     def _evaluate(self) -> None:
         held, journal, control = self._data.held["validation"], self._journal, self._trainer.control
         micro_batch = self._trainer.batches.micro_batch
+        heartbeat.enter("Evaluating")
         measured = self._trainer.measure(held.data, self._ranks, micro_batch, held.groups)
         # Rank 0's numbers, so that no rank decides otherwise by a last bit.
         found = journal.evaluated(self._ranks.from_main(measured))
+        heartbeat.enter("Training")
         total, warned = self._data.plan.total_steps, self._control.warning
         if self._ranks.is_main:
             shown: dict[str, Any] = {name: round(value, 4) for name, value in found.items()}
@@ -124,7 +130,7 @@ class Course:
                 log.event("over-fitting", level="warning", step=journal.step, message=warned)
             figures = journal.before | {"loss": journal.history[-1]["loss"]} | found
             self._reporter.progress(journal.step, total, figures, journal.remaining_seconds(total))
-        self._reporter.warn(warned)
+        self._reporter.warn("over-fitting", warned)
         best = self._control.best
         if best and best.step == journal.step:
             control.should_save = True
@@ -141,10 +147,12 @@ class Course:
             return
         if sound:
             journal.sound = step
+        heartbeat.enter("Saving")
         held = {at for at in (journal.sound, best.step if best else None) if at is not None}
         seconds = self._checkpoints.save(
             self._trainer, lambda count: journal.saved(count, state.loss_scale(self._trainer)), held
         )
+        heartbeat.enter("Training")
         self._pace.saved(step, time.monotonic(), seconds)
 
     def _with_last_sound(self, error: FineTuneError) -> FineTuneError:

@@ -22,7 +22,7 @@ from finetune_api.failures import FineTuneError, Reason, TerminationMessage, Tra
 from finetune_api.run import RunConfig
 from finetune_api.sizing import Sizing
 from finetune_api.stages import keeps_reference
-from finetune_trainer import arguments, distributed, log, model, state, tuning
+from finetune_trainer import arguments, distributed, heartbeat, log, model, state, tuning
 from finetune_trainer.batches import Plan
 from finetune_trainer.between import prepare_between
 from finetune_trainer.callbacks import Signals
@@ -86,10 +86,13 @@ def train(run: StageRun, signals: Signals, reporter: Reporter, end: "End") -> No
         earlier=start.adapter,
         task=task,
     )
+    # Whatever the model does, training, measuring or writing, begins here.
+    tuned.get_input_embeddings().register_forward_pre_hook(lambda *_: heartbeat.beat())
     initial = tuning.initial_of(tuned, spec.tuning)
 
     checkpoints = Checkpoints(store, config.scratch_uri, work, config.spec_sha256, ranks, spec.checkpoint.keep)
     checkpoints.on_uploaded = reporter.checkpoint
+    checkpoints.on_trouble = lambda message: reporter.warn("checkpoint", message)
     checkpoints.leans_on = lambda saved: best_step(spec, saved.history)
     resumed = checkpoints.newest()
     names = [dataset.name for dataset in spec.datasets]
@@ -125,12 +128,13 @@ def train(run: StageRun, signals: Signals, reporter: Reporter, end: "End") -> No
     metrics |= retained(run, trainer, data, ranks)
     reporter.progress(journal.step, data.plan.total_steps, metrics, 0)
     reporter.phase("Saving")
-    parameters = trainer.published(state.capture(trainer)[0])
+    parameters = trainer.published(state.on_cpu(trainer))
     distributed.stop(ranks)
     if ranks.is_main:
         kind = save_output(run, Trained(tuned, parameters, initial, dtype, task, classes))
         # A stage's checkpoints may go once its result is there, and not before the last of them is.
         checkpoints.wait()
+        checkpoints.close()
         if run.is_last:
             evidence = Evidence(classes, trainer.confusion, evaluator.samples)
             end.result = publish_output(run, store, journal, metrics, reporter, kind, evidence)
@@ -205,6 +209,7 @@ def quiet_libraries() -> None:
 def main() -> int:
     work, rank, end = WorkDir.from_env(), int(os.environ["RANK"]), End()
     number = int(os.environ.get("FINETUNE_STAGE", "0"))
+    heartbeat.start(work.heartbeat(f"rank-{rank}"))
     quiet_libraries()
     # Our own reports say more; both would be posted.
     os.environ["DISABLE_KUBEFLOW_INTEGRATION"] = "TRUE"
