@@ -94,4 +94,4 @@ def configure(settings: kopf.OperatorSettings) -> None:
     settings.networking.error_backoffs = BACKOFFS
     settings.networking.request_timeout = ANSWER_SECONDS
     # The process is to be gone before the kubelet's patience of 30 seconds ends.
-    settings.process.ultimate_exiting_timeout = 20
+    settings.process.ultimate_exiting_timeout = 10

@@ -1,7 +1,7 @@
 """PURE. Jobs and pods as the API server sends them -> the few facts that decisions are made of."""
 
 import datetime
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,6 +9,8 @@ from finetune_api.failures import TerminationMessage
 from finetune_operator.manifests import ATTEMPT_LABEL, CONTAINER, JOB_LABEL, PREPARE
 
 Object = Mapping[str, Any]
+EXPLAINED_AFTER = datetime.timedelta(seconds=10)
+"""How long the pods of a Job that has ended are waited for: then they are gone, and with them what they said."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,15 @@ class Observed:
         if child is None or child.finished != "Complete":
             return None
         return next((p for p in self.pods_of(child.uid) if p.index == 0 and p.phase == "Succeeded"), None)
+
+    def unexplained(self, recorded: Container[int | None], now: datetime.datetime) -> Child | None:
+        """A Job that has just ended, though no pod of it has: whoever listed them was told of an earlier time."""
+        for child in self.jobs:
+            since = now - child.finished_at if child.finished_at else EXPLAINED_AFTER
+            ended = any(pod.over for pod in self.pods_of(child.uid))
+            if child.attempt not in recorded and not ended and abs(since) < EXPLAINED_AFTER:
+                return child
+        return None
 
     def pods_of(self, uid: str | None) -> tuple[Pod, ...]:
         return tuple(pod for pod in self.pods if pod.owner == uid)

@@ -71,11 +71,14 @@ async def reconcile(
     choice = [] if finished(subject.status) else await (profiles or Profiles(cluster)).choice(wanted)
     recorded, unrecorded = _names(subject)
     jobs = await _jobs(cluster, subject, recorded)
-    observed = await _observe(cluster, subject, jobs, prepare_pod)
+    if _lacks_a_gang(subject, jobs):
+        # Deleted, most likely. That its attempt has ended cannot be taken back, so another way to read it must agree.
+        jobs = await _jobs(cluster, subject, None)
+    observed = await _observe(cluster, subject, jobs, prepare_pod, clock())
     decided = plan(subject, choice, observed, clock(), context)
     # A try that was cut short may have left a Job that no status tells of. Creating it anew would show that, by 409.
     if not decided.create and (left := await _jobs(cluster, subject, unrecorded)):
-        observed = await _observe(cluster, subject, [*jobs, *left], prepare_pod)
+        observed = await _observe(cluster, subject, [*jobs, *left], prepare_pod, clock())
         decided = plan(subject, choice, observed, clock(), context)
     return await _carry_out(cluster, subject, raw, decided, clock)
 
@@ -142,7 +145,15 @@ async def _jobs(cluster: Cluster, subject: Subject, names: Iterable[str] | None)
     return [job for job in found if job is not None]
 
 
-async def _observe(cluster: Cluster, subject: Subject, jobs: Sequence[Object], prepare_pod: str | None) -> Observed:
+def _lacks_a_gang(subject: Subject, jobs: Sequence[Object]) -> bool:
+    names = {job["metadata"]["name"] for job in jobs}
+    return any(attempt.outcome is None and attempt.job not in names for attempt in subject.status.attempts)
+
+
+async def _observe(
+    cluster: Cluster, subject: Subject, jobs: Sequence[Object], prepare_pod: str | None, now: datetime.datetime
+) -> Observed:
+    """Raises NotYet where a Job has just ended, and nothing is seen yet of why."""
     if finished(subject.status) or not (jobs or subject.status.attempts):
         return observe(subject.uid, jobs, [])
     if prepare_pod and len(jobs) == 1 and not subject.status.attempts:
@@ -152,7 +163,11 @@ async def _observe(cluster: Cluster, subject: Subject, jobs: Sequence[Object], p
         if observed.prepared_by:
             return observed
     pods = await cluster.list_children("Pod", subject.namespace, subject.name)
-    return observe(subject.uid, jobs, pods)
+    observed = observe(subject.uid, jobs, pods)
+    recorded = {attempt.number for attempt in subject.status.attempts if attempt.outcome}
+    if child := observed.unexplained(recorded, now):
+        raise NotYet(f"Job {child.name} has ended, and none of its pods")
+    return observed
 
 
 async def _create(cluster: Cluster, subject: Subject, manifest: Object) -> tuple[Object, bool]:

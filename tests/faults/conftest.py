@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @pytest.fixture
 def whole(request: pytest.FixtureRequest) -> bool:
     """Whether every case is to be tried (`make faults`), or a sample of them."""
-    return bool(request.config.getoption("--whole"))
+    return bool(request.config.getoption("--whole") or request.config.getoption("--case"))
 
 
 @pytest.fixture
@@ -46,6 +46,7 @@ def smooth_runs() -> dict[str, object]:
 
 @pytest.fixture
 async def theatre(
+    request: pytest.FixtureRequest,
     cluster: Sandbox,
     api: Api,
     nursery: Nursery,
@@ -57,7 +58,8 @@ async def theatre(
 
     # One authority for all: pods are told of it, and what they are told is compared.
     tls = tmp_path_factory.getbasetemp() / "tls"
-    theatre = Theatre(cluster.kubeconfig, api, nursery, tmp_path, tls, smooth_runs=smooth_runs)  # type: ignore[arg-type]
+    only = request.config.getoption("--case") or ""
+    theatre = Theatre(cluster.kubeconfig, api, nursery, tmp_path, tls, smooth_runs=smooth_runs, only=only)  # type: ignore[arg-type]
     await theatre.set_up()
     return theatre
 

@@ -41,6 +41,11 @@ async def test_every_request_with_every_fault(theatre: Theatre, tally: "Tally", 
                 cases.setdefault(f"{kind} {fault}", case(scenario, kind, 0, fault, 1))
             for fault in FAULTS[index % 3 :: 3]:
                 cases.setdefault(f"{kind} {fault} again", case(scenario, kind, middle, fault, 2))
+            if kind.startswith(("get", "list")):
+                # What is said not to be there: at each time, since what is concluded from that depends on it.
+                for number in range(calls.count(kind)):
+                    title = f"{scenario} {kind} {number}"
+                    cases.setdefault(title, case(scenario, kind, number, Refuse(404), 1))
     chosen = list(cases.values()) if whole else list(cases.values())[::47]
     tally.count("a request refused, broken or unanswered", await theatre.play_all(chosen))
 

@@ -75,6 +75,8 @@ class Theatre:
     """Of all operators: pods are told of their authority."""
     constants: Mapping[str, Any] = field(default_factory=lambda: CONSTANTS)
     smooth_runs: dict[str, Played] = field(default_factory=dict)
+    only: str = ""
+    """Plays only cases whose title has this in it: to look at one again."""
 
     async def set_up(self) -> None:
         """What is the same for all: specs are hashed with their profile's name."""
@@ -148,12 +150,13 @@ class Theatre:
                     await SCENARIOS[case.scenario](scene)
                     return await verdict(scene, smooth, rules)
                 except (TimeoutError, AssertionError) as error:
-                    return f"{error or type(error).__name__}\n{tail(scene)}"
+                    return f"{error or type(error).__name__}\n{await seen(scene)}\n{tail(scene)}"
         except TimeoutError:
             return f"nothing came of it within {LIMIT:.0f} s"
 
     async def play_all(self, cases: Sequence[Case]) -> dict[str, str]:
         """By title, what is wrong."""
+        cases = [case for case in cases if self.only in case.title]
         for name in dict.fromkeys(case.scenario for case in cases):
             await self.smooth(name)
         gate, results, start = asyncio.Semaphore(AT_ONCE), dict[str, str](), time.monotonic()
@@ -222,6 +225,16 @@ async def at_rest(scene: Scene) -> dict[str, Object]:
         return now if unchanged else {"": {}}
 
     return await eventually(same, "a rest", until=lambda o: "" not in o, timeout=20, interval=1.0)
+
+
+async def seen(scene: Scene) -> str:
+    """How far everything is."""
+    lines = []
+    for name, item in (await left(scene)).items():
+        facts = [item.get(key) for key in ("phase", "conditions", "deleting") if item.get(key)]
+        status = item.get("status") or {}
+        lines.append(f"    {name} {facts or ''} {status.get('state', '')} {status.get('message', '')}")
+    return "\n".join(lines)
 
 
 def tail(scene: Scene) -> str:

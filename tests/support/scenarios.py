@@ -64,6 +64,11 @@ async def ttl(scene: Scene) -> None:
     await create(scene, ttlSecondsAfterFinished=1)
     await finish(scene, "j-0")
 
+    async def gone() -> bool:
+        return (await scene.api.get(scene.job_path())).status == 404
+
+    await eventually(gone, "the job to go", timeout=PATIENCE)
+
 
 SCENARIOS: dict[str, Scenario] = {
     "create": create,

@@ -113,6 +113,7 @@ async def test_an_answer_that_was_lost_with_its_pod_is_asked_for_again() -> None
     world = World(make_job().build())
     await world.settle()
     world.finish("support-bot-prepare", "Complete")
+    world.later(10)
     await world.settle()
     assert world.deleted_jobs == ["Job/support-bot-prepare"]
     assert world.created.count("Job/support-bot-prepare") == 2
