@@ -69,7 +69,7 @@ async def test_they_run_one_after_the_other(nodes: int, workers: int, jobs: int,
         world.prepared()
         await world.settle()
     cluster = Nodes(nodes, worlds)
-    for tick in range(3600 // STEP):
+    for tick in range(7200 // STEP):
         cluster.tick(tick * STEP)
         for world in worlds:
             await world.settle()
