@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: setup demo test test-unit verify generate lint matrix bench bench-operator clean
+.PHONY: setup demo test test-unit verify generate lint faults matrix bench bench-operator clean
 
 setup: $(STAMP)
 
@@ -42,6 +42,10 @@ verify: lint generate
 	@test -z "$$(git status --porcelain -- crds charts README.md)" || \
 	  { git diff -- crds charts README.md; git status --short -- crds charts README.md; \
 	    echo "generated files differ from their sources: run make generate and commit what it writes" >&2; exit 1; }
+
+# Every case instead of the sample of `make test`; `make faults ONLY=tests/faults/test_api_verbs.py` runs a part again.
+faults: setup
+	$(BIN)/python -m pytest --whole --write-report $(or $(ONLY),tests/faults)
 
 # What benchmarks/matrix/results.json has already is not run again: `make matrix ONLY='dpo-* kto-*'`, or AGAIN=1.
 matrix: setup

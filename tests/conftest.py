@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--whole", action="store_true", help="tests/faults: every case instead of a sample")
+    parser.addoption("--write-report", action="store_true", help="tests/faults: write benchmarks/faults.md")
     parser.addoption("--case", help="tests/faults: only cases with this in their title, as a failure names them")
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
 
-from support.tally import Tally
+from support.tally import Tally, counts, families, line, write_report
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,9 +65,10 @@ async def theatre(
     return theatre
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    from support.tally import families, lines
-
-    found = families(terminalreporter.stats)
-    for line in lines(found):
-        terminalreporter.write_line(line)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    found = counts(terminalreporter.stats)
+    for family in families(found).values():
+        terminalreporter.write_line(line(family))
+    if config.getoption("--write-report") and found:
+        server = "kube-apiserver" if os.environ.get("KUBEBUILDER_ASSETS") else "the sandbox's API server"
+        write_report(config.rootpath / "benchmarks", found, server)
