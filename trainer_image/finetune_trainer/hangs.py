@@ -29,7 +29,7 @@ class Deadlines:
     loading: float = 1800.0
     first_step: float = 1800.0
     step_factor: float = 20.0
-    step_least: float = 300.0
+    step_least: float = 600.0
     evaluating: float = 1800.0
     saving: float = 1800.0
     publishing: float = 3600.0

@@ -50,7 +50,7 @@ class SavedState(BaseModel):
 
 
 def shapes(trainer: Any) -> dict[str, dict[str, list[int]]]:
-    """By file, what `captured` yields: names and shapes."""
+    """By file, the names and shapes of what `parameters` and `moments` yield."""
     own = {name: list(getattr(p, "ds_shape", p.shape)) for name, p in trained_parameters(trainer.model).items()}
     return {ADAPTER: own, OPTIMIZER: {f"{name}|{key}": shape for name, shape in own.items() for key in MOMENTS}}
 

@@ -8,7 +8,7 @@ from typing import Any
 from finetune_api.failures import FineTuneError, Reason
 from finetune_api.run import RunConfig
 from finetune_trainer import distributed, heartbeat, log, model, state
-from finetune_trainer.callbacks import Progress, Seeds, Signals, Steering
+from finetune_trainer.callbacks import Progress, Seeds, Signals, Slowness, Steering
 from finetune_trainer.checkpoint import Checkpoints, Resumed
 from finetune_trainer.control import Control
 from finetune_trainer.distributed import Ranks
@@ -16,6 +16,7 @@ from finetune_trainer.feed import Data, packed
 from finetune_trainer.journal import Journal
 from finetune_trainer.pace import Pace
 from finetune_trainer.report import Reporter
+from finetune_trainer.stragglers import Clock
 
 
 class Course:
@@ -47,11 +48,14 @@ class Course:
         self._control = Control(config.spec, journal, total, scaled, "validation" in data.held)
         self._pace = Pace(config.spec.checkpoint.interval, config.devices.workers)
         self._steering = Steering(ranks, signals, self._due, self._control.evaluates, self._ready)
+        clock = Clock()
+        trainer.compute_loss = clock.timed(trainer.compute_loss)
         trainer.save_state, trainer.evaluate_state = self._save, self._evaluate
         for callback in (
             Seeds(config.spec.training.seed, ranks.rank),
             Progress(journal, self._control, data.plan, reporter, ranks),
             self._steering,
+            Slowness(clock, ranks, reporter),
         ):
             trainer.add_callback(callback)
 
