@@ -29,6 +29,10 @@ Fault = Literal[
     "flipped on the way there",
     "expired",
     "no bucket",
+    "no encryption",
+    "no decryption",
+    "no key",
+    "silent on encryption",
 ]
 PASSING: tuple[Fault, ...] = (
     "slow down",
@@ -52,7 +56,14 @@ _ERRORS: dict[str, tuple[int, str]] = {
     "error after commit": (500, "InternalError"),
     "expired": (400, "ExpiredToken"),
     "no bucket": (404, "NoSuchBucket"),
+    "no encryption": (403, "AccessDenied"),
+    "no decryption": (403, "AccessDenied"),
+    "no key": (400, "KMS.NotFoundException"),
     "mismatch": (400, "XAmzContentSHA256Mismatch"),
+}
+_WORDS = {
+    "no encryption": "User: x is not authorized to perform: kms:GenerateDataKey on resource: key-1",
+    "no decryption": "User: x is not authorized to perform: kms:Decrypt on resource: key-1",
 }
 _HOP = {"connection", "transfer-encoding", "keep-alive", "content-length", "server", "date"}
 
@@ -97,8 +108,8 @@ class FaultyS3:
 
     upstream: tuple[str, int]
     rule: Rule = lambda request: None
-    ignores_conditions: bool = False
-    """Whether the store does not know `If-None-Match`."""
+    overwrite: Callable[[str, str], None] | None = None
+    """Makes room at a bucket's key, before each conditional write: so the store seems not to know `If-None-Match`."""
     after: int = 0
     """Bytes of a body that is cut, or trickles, which arrive at once."""
     requests: list[Request] = field(default_factory=list)
@@ -150,7 +161,7 @@ class _Handler(BaseHTTPRequestHandler):
         said = self.headers.get("x-amz-content-sha256", "")
         if len(said) == 64 and hashlib.sha256(body).hexdigest() != said:
             self._refuse("mismatch")
-        elif fault in ("slow down", "internal error", "unavailable", "expired", "no bucket"):
+        elif fault in _ERRORS and fault != "error after commit":
             self._refuse(fault)
         elif fault == "reset":
             self._reset()
@@ -160,8 +171,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._pass_on(body, fault)
 
     def _pass_on(self, body: bytes, fault: Fault | None) -> None:
-        dropped = {"if-none-match"} if self.proxy.ignores_conditions else set()
-        headers = {name: value for name, value in self.headers.items() if name.lower() not in dropped | {"expect"}}
+        if self.proxy.overwrite and self.headers.get("If-None-Match"):
+            # The header itself is signed.
+            bucket, _, key = unquote(urlsplit(self.path).path).lstrip("/").partition("/")
+            self.proxy.overwrite(bucket, key)
+        headers = {name: value for name, value in self.headers.items() if name.lower() != "expect"}
         server = http.client.HTTPConnection(*self.proxy.upstream, timeout=60)
         try:
             server.request(self.command, self.path, body or None, headers)
@@ -177,6 +191,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(fault)
         self.send_response(answer.status)
         for name, value in answer.getheaders():
+            if fault == "silent on encryption" and "server-side-encryption" in name.lower():
+                continue
             if name.lower() not in _HOP:
                 self.send_header(name, value)
         length = answer.getheader("Content-Length") if self.command == "HEAD" else str(len(data))
@@ -195,7 +211,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _refuse(self, kind: str) -> None:
         status, code = _ERRORS[kind]
-        data = f"<Error><Code>{code}</Code><Message>broken on purpose</Message></Error>".encode()
+        words = _WORDS.get(kind, "broken on purpose")
+        data = f"<Error><Code>{code}</Code><Message>{words}</Message></Error>".encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/xml")
         self.send_header("Content-Length", str(len(data)))

@@ -12,6 +12,7 @@ from finetune_api.failures import TrainingResult
 from finetune_api.manifest import RunInfo
 from finetune_trainer import card, htmlreport, log, save
 from finetune_trainer.facts import Evidence, Facts
+from finetune_trainer.fence import Fence
 from finetune_trainer.journal import Journal
 from finetune_trainer.model import Task
 from finetune_trainer.publish import now, publish
@@ -119,9 +120,11 @@ def publish_output(
     )
     reporter.phase("Publishing")
     uri = f"{config.output_uri.rstrip('/')}/{attempt_uid}/"
-    done = publish(store, output, uri, kind=kind, step=journal.published_step, created_time=now(), run=info)
-    log.event("published", uri=uri, bytes=done.size, manifest_sha256=done.manifest_sha256)
-    return TrainingResult(uri=uri, manifest_sha256=done.manifest_sha256, size_bytes=done.size, metrics=metrics)
+    fence = Fence.of(store, run.job)
+    step, commit = journal.published_step, fence.commit if fence else None
+    done = publish(store, output, uri, kind=kind, step=step, created_time=now(), run=info, commit=commit)
+    log.event("published", uri=done.uri, bytes=done.size, manifest_sha256=done.manifest_sha256)
+    return TrainingResult(uri=done.uri, manifest_sha256=done.manifest_sha256, size_bytes=done.size, metrics=metrics)
 
 
 def data_reports(run: StageRun, store: Store) -> dict[str, Any]:

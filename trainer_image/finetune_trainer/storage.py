@@ -5,6 +5,7 @@ One `Store` serves a whole process; its methods may be called from any thread. E
 """
 
 import builtins
+import datetime
 import hashlib
 import io
 import os
@@ -23,7 +24,7 @@ from finetune_api.failures import FineTuneError, Reason
 from finetune_api.run import PinnedObject, StorageConfig
 from finetune_trainer import log
 from finetune_trainer.bodies import Body
-from finetune_trainer.credentials import RotatedCredentials, make_session
+from finetune_trainer.credentials import RotatedCredentials, expiry_of, make_session
 from finetune_trainer.retries import Retries
 from finetune_trainer.storage_errors import (
     FAILED,
@@ -95,7 +96,7 @@ class Store:
 
         `timeout`: seconds of silence; `part`: bytes of one part of an upload, 5 MiB at least.
         """
-        self._config = config
+        self.kms_key_id = config.kms_key_id
         self._timeout, self._attempts = timeout, attempts
         # A session of its own: boto3's default one keeps the first credentials that it saw.
         self._session = make_session()
@@ -119,6 +120,7 @@ class Store:
             ),
         )
         self._retries.register(self._client)
+        self.region = str(self._client.meta.region_name)
         self._parts = ThreadPoolExecutor(PARTS_AT_ONCE, "s3-part")
         # "classic": the CRT client that "auto" may choose ignores endpoint_url.
         self._transfers: Any = create_transfer_manager(
@@ -142,7 +144,32 @@ class Store:
         self._transfers.shutdown(cancel=True)
         self._client.close()
 
+    def expiry(self) -> datetime.datetime | None:
+        """Of `credentials.expiry_of`."""
+        return expiry_of(self._session.get_credentials())
+
     # Looking
+
+    def region_of(self, bucket: str) -> str | None:
+        """None where the store does not say it; S3 does so even to those who may do nothing else."""
+        try:
+            answer = self._client.head_bucket(Bucket=bucket)
+        except ClientError as error:
+            answer = error.response
+        except FAILED as error:
+            raise explain(error, "reach", f"s3://{bucket}") from error
+        headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+        return str(headers["x-amz-bucket-region"]) if "x-amz-bucket-region" in headers else None
+
+    def encryption_of(self, uri: str) -> str | None:
+        """How an object is encrypted, as S3 names it ("aws:kms"); None where the store does not say it."""
+        bucket, key = parse(uri)
+        try:
+            answer = self._client.head_object(Bucket=bucket, Key=key)
+        except FAILED as error:
+            raise explain(error, "read", uri) from error
+        found = answer.get("ServerSideEncryption")
+        return str(found) if found else None
 
     def list(self, uri: str) -> Iterator[PinnedObject]:
         """The objects below a prefix in the order of their keys, by ETag, without folder markers."""
@@ -348,9 +375,9 @@ class Store:
             raise explain(error, "write", uri) from error
 
     def _encryption(self) -> dict[str, str]:
-        if self._config.kms_key_id is None:
+        if self.kms_key_id is None:
             return {}
-        return {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": self._config.kms_key_id}
+        return {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": self.kms_key_id}
 
     # Deleting
 

@@ -8,6 +8,7 @@ FineTuneError
 
 import errno
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -112,13 +113,16 @@ def explain(error: Exception, action: str, uri: str) -> FineTuneError:
 
 def _explain_answer(error: ClientError, action: str, uri: str) -> FineTuneError:
     code, status = code_of(error), status_of(error)
+    message = str(error.response.get("Error", {}).get("Message", "")).strip()
+    if code in _DENIED and (right := re.search(r"\bkms:\w+", message)):
+        text = f"the credentials do not allow {right[0]} with the key that encrypts it ({code})"
+        return FineTuneError(Reason.STORAGE_DENIED, f"cannot {action} {uri}: {text}")
     if code in _DENIED:
         return FineTuneError(Reason.STORAGE_DENIED, f"cannot {action} {uri}: {_DENIED[code]} ({code})")
     if code in _MISSING:
         return ObjectMissing(Reason.DATA_INVALID, f"cannot {action} {uri}: there is no such object ({code})")
     if is_precondition(error):
         return changed(uri, action)
-    message = str(error.response.get("Error", {}).get("Message", "")).strip()
     said = f"{code}: {message}" if message and message != code else code
     if is_passing(status, code) or code in RETRYABLE_CODES or status < 300:
         return FineTuneError(Reason.STORAGE_UNAVAILABLE, f"cannot {action} {uri}: the store failed with {said}")

@@ -12,6 +12,7 @@ import os
 import sys
 import traceback
 import warnings
+from typing import Any
 
 import torch
 import transformers
@@ -32,6 +33,7 @@ from finetune_trainer.evaluation.evaluator import Evaluator
 from finetune_trainer.evaluation.gates import check
 from finetune_trainer.facts import Evidence
 from finetune_trainer.feed import load_data, micro_batches
+from finetune_trainer.fence import Fence
 from finetune_trainer.forgetting import retained
 from finetune_trainer.journal import Journal
 from finetune_trainer.methods import make_trainer, task_of
@@ -56,6 +58,11 @@ def train(run: StageRun, signals: Signals, reporter: Reporter, end: "End") -> No
     reporter.phase("Loading")
     ranks = distributed.start(config.devices, zero=sizing.strategy != "DDP")
     store = Store(config.storage)
+    if known := ranks.from_main(published_before(run, store) if ranks.is_main else None):
+        distributed.stop(ranks)
+        if ranks.is_main:
+            end.publish(run, TrainingResult.model_validate(known))
+        return
     start = run.make_ready(store, ranks)
     if run.number == 0:
         # What later stages start from is our own.
@@ -137,12 +144,17 @@ def train(run: StageRun, signals: Signals, reporter: Reporter, end: "End") -> No
         checkpoints.close()
         if run.is_last:
             evidence = Evidence(classes, trainer.confusion, evaluator.samples)
-            end.result = publish_output(run, store, journal, metrics, reporter, kind, evidence)
-            names = [stage.name for stage in run.stages if stage.name]
-            check(run.job.spec.evaluation, end.result.metrics, names)
+            end.publish(run, publish_output(run, store, journal, metrics, reporter, kind, evidence))
         else:
             publish_stage(run, store, journal, metrics)
             checkpoints.remove()
+
+
+def published_before(run: StageRun, store: Store) -> dict[str, Any] | None:
+    """Rank 0: the job's result, where an earlier attempt published it and its last word was lost. Raises Superseded."""
+    fence = Fence.of(store, run.job)
+    result = fence.enter() if fence else None
+    return result.to_json() if result else None
 
 
 def sizing_of(config: RunConfig) -> Sizing:
@@ -173,6 +185,11 @@ class End:
 
     journal: Journal | None = None
     result: TrainingResult | None = None
+
+    def publish(self, run: StageRun, result: TrainingResult) -> None:
+        """What there is, and whether it is good enough. Raises GateNotMet."""
+        self.result = result
+        check(run.job.spec.evaluation, result.metrics, [stage.name for stage in run.stages if stage.name])
 
     def message(self, rank: int, error: BaseException | None) -> TerminationMessage:
         # Where a gate is not met there is a result, too.

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict
 from finetune_api.failures import FineTuneError, Reason
 from finetune_api.manifest import MANIFEST_KEY
 from finetune_trainer import log
+from finetune_trainer.fence import Fence
 from finetune_trainer.publish import now, publish
 from finetune_trainer.runconfig import read_config
 from finetune_trainer.steps import complete_steps, name_of, superfluous
@@ -77,7 +78,16 @@ def remove(store: Store, place: Place, steps: Iterable[int]) -> None:
 
 
 class Uploader:
-    def __init__(self, store: Store, place: Place, work: WorkDir, files: dict[str, int], world_size: int) -> None:
+    def __init__(
+        self,
+        store: Store,
+        place: Place,
+        work: WorkDir,
+        files: dict[str, int],
+        world_size: int,
+        fence: Fence | None = None,
+    ) -> None:
+        self._fence = fence
         self._store, self._place, self._work = store, place, work
         self._files, self._world_size = files, world_size
 
@@ -116,6 +126,9 @@ class Uploader:
 
     def _send(self, request: Request, directory: Path) -> None:
         started, uri = time.monotonic(), self._place.uri(request.step)
+        if self._fence:
+            # A pod that comes back late must not delete what a later attempt has stored.
+            self._fence.check()
         # An earlier attempt may have left this step half-written, or written and since found torn.
         self._store.delete_prefix(uri, self._place.scratch)
         done = publish(
@@ -171,7 +184,9 @@ def main(stage: str, world_size: int) -> int:
         config = read_config()
         with Store(config.storage) as store:
             files, rest = receive_files(server)
-            uploader = Uploader(store, Place.of(config.scratch_uri, stage), work, files, world_size)
+            uploader = Uploader(
+                store, Place.of(config.scratch_uri, stage), work, files, world_size, Fence.of(store, config)
+            )
 
             def answer(what: Answer) -> None:
                 # Rank 0 may be gone.
