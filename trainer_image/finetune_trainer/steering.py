@@ -46,7 +46,7 @@ class Course:
         self._measure_before, self._publish_sound = measure_before, publish_sound
         total, scaled = data.plan.total_steps, bool(trainer.args.fp16)
         self._control = Control(config.spec, journal, total, scaled, "validation" in data.held)
-        self._pace = Pace(config.spec.checkpoint.interval, config.devices.workers)
+        self._pace = Pace(config.spec.checkpoint.interval, config.devices.workers, config.attempt or 0)
         self._steering = Steering(ranks, signals, self._due, self._control.evaluates, self._ready)
         clock = Clock()
         trainer.compute_loss = clock.timed(trainer.compute_loss)
