@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: setup demo test test-unit verify generate lint faults matrix bench bench-operator clean
+.PHONY: setup demo test test-unit verify generate lint faults matrix bench bench-operator bench-recovery clean
 
 setup: $(STAMP)
 
@@ -51,7 +51,10 @@ faults: setup
 matrix: setup
 	$(BIN)/python benchmarks/matrix/run.py $(if $(ONLY),--only $(ONLY)) $(if $(AGAIN),--again)
 
-bench: bench-operator
+bench: bench-operator bench-recovery
+
+bench-recovery: setup
+	$(BIN)/python benchmarks/recovery/bench.py --keep
 
 bench-operator: setup
 	$(BIN)/python benchmarks/operator/bench.py --jobs 200 2000 --idle 10000
