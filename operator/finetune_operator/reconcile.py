@@ -80,7 +80,16 @@ async def reconcile(
     if not decided.create and (left := await _jobs(cluster, subject, unrecorded)):
         observed = await _observe(cluster, subject, [*jobs, *left], prepare_pod, clock())
         decided = plan(subject, choice, observed, clock(), context)
+    lacking = _lacks_a_gang(subject, jobs) or len(jobs) < len(recorded or ())
+    if decided.create and lacking and not await _exists(cluster, subject):
+        # It was deleted after it was read, and garbage collection takes its Jobs: they are not to come back.
+        return Result()
     return await _carry_out(cluster, subject, raw, decided, clock)
+
+
+async def _exists(cluster: Cluster, subject: Subject) -> bool:
+    found = await cluster.get("FineTuneJob", subject.namespace, subject.name)
+    return found is not None and found["metadata"]["uid"] == subject.uid
 
 
 async def glance(raw: Object, census: Census, context: Context, profiles: Profiles) -> Result | None:

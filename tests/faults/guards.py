@@ -18,7 +18,6 @@ class Guard(NamedTuple):
 OPERATOR = "operator/finetune_operator"
 CRASHES = "tests/faults/test_api_crashes.py::test_a_crash_around_any_write"
 IDENTITY = "tests/faults/test_api_identity.py"
-REQUESTS = "tests/faults/test_api_verbs.py::test_every_request_with_every_fault"
 OUTAGES = "tests/faults/test_api_outages.py"
 GANG = "tests/unit/test_plan_gang.py"
 
@@ -49,7 +48,7 @@ GUARDS = (
         f"{OPERATOR}/observe.py",
         "if controller_uid(raw) == uid]",
         "if True]",
-        (f"{GANG}::test_children_of_an_earlier_job_of_the_same_name_are_not_ours",),
+        ("tests/unit/test_plan_stale.py::test_what_an_earlier_job_of_the_name_prepared_is_not_used",),
     ),
     Guard(
         "deletions carry the UID",
@@ -66,7 +65,7 @@ GUARDS = (
         f"{OPERATOR}/cluster.py",
         'version = {"resourceVersion": resource_version} if resource_version else {}',
         "version: Object = {}",
-        (f"{IDENTITY}::test_a_job_is_suspended_between_a_read_and_the_status_write",),
+        (f"{IDENTITY}::test_the_end_of_a_job_is_not_written_to_its_namesake",),
     ),
     Guard(
         "what is deleted is recorded as ended before",
@@ -97,7 +96,14 @@ GUARDS = (
         f"{OPERATOR}/reconcile.py",
         "if _lacks_a_gang(subject, jobs):",
         "if False:",
-        (f"{REQUESTS}", "--case", "get jobs number 7: 404"),
+        ("tests/unit/test_plan_stale.py::test_a_gang_that_is_not_found_is_looked_for_in_another_way_too",),
+    ),
+    Guard(
+        "what was deleted with its job is not created again",
+        f"{OPERATOR}/reconcile.py",
+        "and not await _exists(cluster, subject):",
+        "and False:",
+        ("tests/unit/test_plan_stale.py::test_the_children_of_a_job_that_is_deleted_meanwhile_do_not_come_back",),
     ),
     Guard(
         "what a Job's pods say is waited for",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from finetune_api.failures import Reason
 from support.api import Object
 from support.faulty import FaultyProxy, Meanwhile, Rule
 from support.operating import Scene
@@ -17,6 +18,7 @@ from support.scenarios import (
     complete,
     create,
     difference,
+    end,
     left,
     prepare,
     run,
@@ -166,6 +168,23 @@ async def test_a_job_is_suspended_between_a_read_and_the_status_write(theatre: "
             until=lambda jobs: not any(j.startswith("j-0") for j in jobs),
             timeout=PATIENCE,
         )
+
+
+async def test_the_end_of_a_job_is_not_written_to_its_namesake(theatre: "Theatre") -> None:
+    """Or the new one would never run."""
+    async with theatre.scene() as scene:
+        await scene.operator.start()
+        await create(scene)
+        swapped = await once(scene, "patch finetunejobs/status", lambda: swap(scene))
+        await end(scene, "j-0", Reason.DIVERGED)
+        uid = (await swapped())["metadata"]["uid"]
+
+        async def owner() -> str:
+            job = await scene.api.get(scene.path("jobs", "j-prepare"))
+            return str(job.body["metadata"]["ownerReferences"][0]["uid"]) if job.status == 200 else ""
+
+        await eventually(owner, "its prepare", until=lambda found: found == uid, timeout=PATIENCE)
+        await scene.reaches("Preparing", timeout=PATIENCE)
 
 
 @pytest.mark.parametrize(

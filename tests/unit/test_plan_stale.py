@@ -6,7 +6,20 @@ import pytest
 
 from finetune_api.failures import Reason
 from finetune_operator.reconcile import NotYet
-from support.world import Object, World, make_job, started
+from support.world import Object, World, make_job, make_profile, started
+
+
+class Deleted(World):
+    """The FineTuneJob goes once it was read, and its Jobs with it."""
+
+    async def get(self, kind: str, namespace: str | None, name: str) -> Object | None:
+        found = await super().get(kind, namespace, name)
+        if kind == "FineTuneJob" and self.deleting:
+            self.gone = True
+            self.objects.clear()
+        return found
+
+    deleting = False
 
 
 class Forgetful(World):
@@ -52,3 +65,25 @@ async def test_but_not_for_ever() -> None:
     world.later(10)
     await world.settle()
     assert world.status.attempts[0].outcome is not None
+
+
+async def test_the_children_of_a_job_that_is_deleted_meanwhile_do_not_come_back() -> None:
+    world = Deleted(make_job().build())
+    await started(world)
+    world.deleting = True
+    before = list(world.created)
+    assert (await world.reconcile()) is None
+    assert world.created == before
+
+
+async def test_what_an_earlier_job_of_the_name_prepared_is_not_used() -> None:
+    world = World(make_job().build())
+    await world.settle()
+    world.prepared()
+    # The second one has a status already: it waited for a profile.
+    world.job, world.profiles = make_job().with_meta(uid="another").build(), []
+    await world.settle()
+    world.profiles = [make_profile()]
+    with pytest.raises(NotYet, match="of an earlier FineTuneJob"):
+        await world.reconcile()
+    assert "support-bot-0" not in world.names("Job")
