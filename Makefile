@@ -4,8 +4,8 @@ BIN := .venv/bin
 STAMP := .venv/installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: setup demo test test-unit verify generate lint matrix clean
-.PHONY: bench bench-operator bench-trainer bench-prepare bench-sizing
+.PHONY: setup demo test test-unit verify generate lint faults matrix clean
+.PHONY: bench bench-operator bench-trainer bench-prepare bench-sizing bench-recovery
 
 setup: $(STAMP)
 
@@ -44,11 +44,18 @@ verify: lint generate
 	  { git diff -- crds charts README.md; git status --short -- crds charts README.md; \
 	    echo "generated files differ from their sources: run make generate and commit what it writes" >&2; exit 1; }
 
+# Every case instead of the sample of `make test`; `make faults ONLY=tests/faults/test_api_verbs.py` runs a part again.
+faults: setup
+	$(BIN)/python -m pytest --whole --write-report $(or $(ONLY),tests/faults)
+
 # What benchmarks/matrix/results.json has already is not run again: `make matrix ONLY='dpo-* kto-*'`, or AGAIN=1.
 matrix: setup
 	$(BIN)/python benchmarks/matrix/run.py $(if $(ONLY),--only $(ONLY)) $(if $(AGAIN),--again)
 
-bench: bench-operator bench-trainer bench-prepare bench-sizing
+bench: bench-operator bench-trainer bench-prepare bench-sizing bench-recovery
+
+bench-recovery: setup
+	$(BIN)/python benchmarks/recovery/bench.py --keep
 
 bench-operator: setup
 	$(BIN)/python benchmarks/operator/bench.py --jobs 200 2000 --idle 10000

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from support.operating import Scene
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--whole", action="store_true", help="tests/faults: every case instead of a sample")
+    parser.addoption("--write-report", action="store_true", help="tests/faults: write benchmarks/faults.md")
+    parser.addoption("--case", help="tests/faults: only cases with this in their title, as a failure names them")
+
+
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
     """An API server with its controllers, and no node: pods do what the test reports of them.

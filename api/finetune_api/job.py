@@ -24,8 +24,19 @@ class BaseModelRef(ApiModel):
 
 
 class Distribution(ApiModel):
+    rules: ClassVar = (
+        Rule(
+            "!has(self.minWorkers) || (has(self.workers) && self.minWorkers <= self.workers)",
+            "minWorkers must not be larger than workers",
+            lambda self: self.min_workers is None or self.min_workers <= self.workers,
+            field="minWorkers",
+        ),
+    )
     workers: Annotated[int, Field(ge=1, le=1024)] = 1
     """Pods of the gang."""
+    min_workers: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """With how few it starts where runPolicy.preRunningDeadlineSeconds have not brought room for all: with as many as
+    found a node, on the same global batch. Absent: it fails then."""
     gpus_per_worker: Annotated[int, Field(ge=1, le=64)] = 1
     """Processes of each pod, one per GPU; CPU processes where the profile has no accelerators."""
     strategy: Literal["Auto", "DDP", "ZeRO1", "ZeRO2", "ZeRO3"] = "Auto"

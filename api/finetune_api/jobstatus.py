@@ -45,6 +45,12 @@ class Attempt(ApiModel):
     """Name of its batch/v1 Job."""
     uid: ShortText | None = None
     """UID of its Job: the last segment of the output prefix."""
+    workers: Count | None = None
+    """Pods of its gang."""
+    placed: Count | None = None
+    """Of them, how many had found a node, where not all did and the attempt was given back."""
+    creation_time: datetime.datetime | None = None
+    """When it was asked for."""
     start_time: datetime.datetime | None = None
     completion_time: datetime.datetime | None = None
     outcome: Literal["Succeeded", "Preempted", "Retryable", "Permanent"] | None = None

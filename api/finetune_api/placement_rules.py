@@ -8,14 +8,32 @@ from finetune_api.stages import EffectiveStage
 
 
 def problems(stage: EffectiveStage) -> Iterator[Problem]:
+    yield from _elastic(stage)
     if stage.generate is None:
-        yield from _batches(stage)
+        distribution = stage.spec.distribution
+        yield from _batches(stage, distribution.workers, "workers")
+        if distribution.min_workers and distribution.min_workers != distribution.workers:
+            yield from _batches(stage, distribution.min_workers, "minWorkers")
         yield from _strategy(stage)
 
 
-def _batches(stage: EffectiveStage) -> Iterator[Problem]:
+def _elastic(stage: EffectiveStage) -> Iterator[Problem]:
+    """What distribution.minWorkers needs to have an effect."""
+    spec, path = stage.spec, ("spec", "distribution", "minWorkers")
+    least = spec.distribution.min_workers
+    if least is None:
+        return
+    if spec.run_policy.pre_running_deadline_seconds is None:
+        text = "runPolicy.preRunningDeadlineSeconds, which says how long all workers are waited for, must be given too"
+        yield Problem(path, f"found {least}; {text}")
+    if spec.queue and spec.queue.name:
+        text = f"the queue {spec.queue.name} admits all workers or none: leave one of the two out"
+        yield Problem(path, f"found {least}; {text}")
+
+
+def _batches(stage: EffectiveStage, workers: int, name: str) -> Iterator[Problem]:
     training, distribution = stage.spec.training, stage.spec.distribution
-    processes = distribution.workers * distribution.gpus_per_worker
+    processes = workers * distribution.gpus_per_worker
     rollout = stage.spec.method.rollout
     answers = rollout.answers if rollout else 1
     what = "examples" if answers == 1 else f"answers, {answers} to a prompt,"
@@ -24,7 +42,7 @@ def _batches(stage: EffectiveStage) -> Iterator[Problem]:
     if rest:
         text = f"found {training.global_batch_size}; it must be a multiple of the {processes} processes"
         example = max(1, training.global_batch_size // processes) * processes
-        yield Problem((*path, "globalBatchSize"), f"{text} (workers x gpusPerWorker), for example {example}")
+        yield Problem((*path, "globalBatchSize"), f"{text} ({name} x gpusPerWorker), for example {example}")
     elif training.micro_batch_size and per_process % training.micro_batch_size:
         text = f"found {training.micro_batch_size}; it must divide the {per_process} {what} that each process takes"
         yield Problem((*path, "microBatchSize"), f"{text} of a global batch of {training.global_batch_size}")

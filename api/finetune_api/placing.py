@@ -9,8 +9,11 @@ from finetune_api.shape import Device, Request
 from finetune_api.stages import EffectiveStage, keeps_reference
 
 
-def request_of(stages: Sequence[EffectiveStage], number: int, max_tokens: int = 0) -> Request:
-    """`max_tokens`: of the longest sequence that was prepared; 0 where that is not known, so that it may be any."""
+def request_of(
+    stages: Sequence[EffectiveStage], number: int, max_tokens: int = 0, workers: int | None = None
+) -> Request:
+    """`max_tokens`: of the longest sequence that was prepared; 0 where that is not known, so that it may be any.
+    `workers`: how many there are; None: as many as the spec asks for."""
     spec, stage = stages[number].spec, stages[number]
     packing = spec.method.sft is not None and spec.method.sft.packing
     longest = spec.training.max_length if packing else min(spec.training.max_length, max_tokens or 2**31)
@@ -25,7 +28,7 @@ def request_of(stages: Sequence[EffectiveStage], number: int, max_tokens: int = 
         reference=keeps_reference(stages, number),
         global_batch_size=spec.training.global_batch_size * (rollout.answers if rollout else 1),
         micro_batch_size=spec.training.micro_batch_size,
-        world_size=spec.distribution.workers * spec.distribution.gpus_per_worker,
+        world_size=(workers or spec.distribution.workers) * spec.distribution.gpus_per_worker,
         strategy=spec.distribution.strategy,
         offload=spec.distribution.offload,
     )

@@ -83,6 +83,9 @@ class FineTuneProfileSpec(ApiModel):
     data_cache: Quantity = "100Gi"
     """Disk of a pod that tokenised training data may take (8 bytes a token); of more, shards are streamed."""
     termination_grace_period_seconds: Annotated[int, Field(ge=1, le=3600)] = 120
+    scheduling_grace_seconds: Annotated[int, Field(ge=1, le=86_400)] = 300
+    """How long some pods of a gang may hold their nodes while others find none: then all are given back, to whoever
+    can use them. Longer than a cluster's autoscaler takes to bring a node. Gangs in a queue are left to it."""
     limits: Limits = Limits()
     allowed_namespaces: Annotated[list[Label], Field(max_length=1024)] = []
     """Empty: all."""

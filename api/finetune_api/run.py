@@ -154,6 +154,8 @@ class PreparedSummary(ApiModel):
     """Of the reward model that the method names."""
     stages: list[StageSummary] = []
     """One for each of spec.stages; the counts above are those of all of them."""
+    conditional_writes: bool = True
+    """Whether the store honours `If-None-Match`, as `prepare` has tried."""
     message: Annotated[str, Field(max_length=512)] = ""
     """What was found in the data, the most frequent first, each with its first case; empty where nothing was."""
 

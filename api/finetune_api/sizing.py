@@ -21,6 +21,7 @@ __all__ = [
     "Sizing",
     "Strategy",
     "Term",
+    "at_most",
     "explain",
     "gpu_hours",
     "memory",
@@ -111,6 +112,21 @@ def size(shape: ModelShape, request: Request, device: Device) -> Sizing:
                     memory_per_gpu=need,
                 )
     raise DoesNotFit(_advice(shape, request, device, micros[-1]))
+
+
+def at_most(micro: int, sizing: Sizing, shape: ModelShape, request: Request, device: Device) -> Sizing:
+    """The same way to run with a micro-batch of no more than `micro` >= 1: the global batch stays, more of it is
+    accumulated. Nothing else changes, though more might fit: it was too much once."""
+    per_rank = request.global_batch_size // request.world_size
+    size = max(m for m in range(1, min(micro, sizing.micro_batch_size) + 1) if per_rank % m == 0)
+    placement = Placement(sizing.strategy, size, sizing.gradient_checkpointing, sizing.offload)
+    return sizing.model_copy(
+        update={
+            "micro_batch_size": size,
+            "gradient_accumulation": per_rank // size,
+            "memory_per_gpu": memory(shape, request, device, placement),
+        }
+    )
 
 
 def explain(shape: ModelShape, request: Request, device: Device) -> Explanation:

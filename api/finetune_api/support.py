@@ -2,7 +2,15 @@
 
 from collections.abc import Iterator
 
-from finetune_api import combinations, dataset_rules, evaluation_rules, placement_rules, rollout_rules, stage_rules
+from finetune_api import (
+    combinations,
+    dataset_rules,
+    evaluation_rules,
+    place_rules,
+    placement_rules,
+    rollout_rules,
+    stage_rules,
+)
 from finetune_api.dataset import Holdout
 from finetune_api.evaluation import Retention
 from finetune_api.job import FineTuneJobSpec
@@ -31,6 +39,7 @@ def _unsupported(spec: FineTuneJobSpec) -> Iterator[Problem]:
         yield from placement_rules.problems(stage)
     if not spec.base_model.uri.startswith("s3://"):
         yield refuse("baseModel", "uri", found=spec.base_model.uri, allowed="s3:// only")
+    yield from place_rules.problems(spec)
     yield from stage_rules.problems(effective(spec))
     yield from rollout_rules.problems(effective(spec))
     yield from evaluation_rules.problems(spec, effective(spec))

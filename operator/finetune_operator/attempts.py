@@ -2,6 +2,7 @@
 
 import datetime
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 
 from finetune_api.failures import Outcome, Reason, outcome_of
@@ -15,6 +16,14 @@ LOST_AFTER = datetime.timedelta(seconds=60)
 """How long after the end of its grace a pod that is being deleted may still be there before its node counts as lost."""
 BACKOFF_SECONDS = 10.0
 MAX_BACKOFF_SECONDS = 600.0
+AVOIDED_FOR = datetime.timedelta(hours=24)
+"""How long a node that failed a job is avoided: a day later somebody has repaired it, or it is not to blame."""
+MAX_AVOIDED = 32
+"""Nodes; more are no bad nodes, but a bad job."""
+LESS_MEMORY = (
+    "a shorter training.maxLength, tuning.type QLoRA or distribution.offload needs less; a profile's GPUs may have more"
+)
+"""What is left to a person where a smaller micro-batch does not help."""
 
 
 def update(known: Sequence[Attempt], observed: Observed, now: datetime.datetime) -> tuple[Attempt, ...]:
@@ -24,17 +33,31 @@ def update(known: Sequence[Attempt], observed: Observed, now: datetime.datetime)
     for number, child in children.items():
         assert number is not None
         by_number.setdefault(number, Attempt(number=number, job=child.name, uid=child.uid))
-    updated = [
-        attempt if attempt.outcome else _observe(attempt, children.get(number), observed, now)
-        for number, attempt in sorted(by_number.items())
-    ]
+    updated: list[Attempt] = []
+    for number, attempt in sorted(by_number.items()):
+        seen = attempt if attempt.outcome else _observe(attempt, children.get(number), observed, now)
+        updated.append(seen if attempt.outcome else _once_only(seen, updated))
     return bounded(updated)
+
+
+def _once_only(ended: Attempt, before: Sequence[Attempt]) -> Attempt:
+    """What follows an OutOfMemory has half the micro-batch: where that is too much as well, a third will be."""
+    if ended.reason != Reason.OUT_OF_MEMORY or ran_out_of_memory(before) is None:
+        return ended
+    text = f"{ended.message or 'out of memory again'}; its micro-batch was half of that which was too much before"
+    return ended.model_copy(update={"outcome": "Permanent", "message": f"{text}; {LESS_MEMORY}"})
+
+
+def ran_out_of_memory(attempts: Sequence[Attempt]) -> Attempt | None:
+    """The first attempt that a GPU's memory was too small for."""
+    return next((attempt for attempt in attempts if attempt.reason == Reason.OUT_OF_MEMORY), None)
 
 
 def _observe(attempt: Attempt, child: Child | None, observed: Observed, now: datetime.datetime) -> Attempt:
     if child is None or child.deleting or (attempt.uid and child.uid != attempt.uid):
         return close(attempt, Reason.PREEMPTED, f"Job {attempt.job} was deleted", now)
-    attempt = attempt.model_copy(update={"uid": child.uid})
+    known = {"workers": child.workers, "creation_time": attempt.creation_time or child.created}
+    attempt = attempt.model_copy(update={"uid": child.uid, **known})
     pods = observed.pods_of(child.uid)
     end = ending(child, pods, now)
     if end is None:
@@ -88,6 +111,11 @@ def is_lost(pod: Pod, now: datetime.datetime) -> bool:
     return not pod.over and pod.deletion is not None and now >= pod.deletion + LOST_AFTER
 
 
+def permanent(attempts: Sequence[Attempt]) -> tuple[Attempt, ...]:
+    """With the last one's end as final."""
+    return (*attempts[:-1], attempts[-1].model_copy(update={"outcome": "Permanent"}))
+
+
 def failures(attempts: Sequence[Attempt]) -> int:
     """How many of runPolicy.maxAttempts are used up."""
     return sum(attempt.outcome in ("Retryable", "Permanent") for attempt in attempts)
@@ -102,12 +130,27 @@ def running_time(
     return sum((max(span, datetime.timedelta()) for span in spans), datetime.timedelta())
 
 
-def backoff(uid: str, failed: int) -> datetime.timedelta:
-    """Before the attempt that follows `failed` failures, in whole seconds: doubled each time, and by up to a quarter
-    longer, which the job's UID decides: jobs of a broken node come back one by one, and a replay decides the same."""
+def avoided(attempts: Sequence[Attempt], now: datetime.datetime) -> list[str]:
+    """Nodes on which attempts failed twice within a day by what may well be the node's fault, by name."""
+    blamed = (Reason.NODE_LOST, Reason.HUNG, Reason.RANK_FAILED)
+    recent = [
+        attempt.node
+        for attempt in attempts
+        if attempt.node
+        and attempt.reason in blamed
+        and attempt.completion_time
+        and now < attempt.completion_time + AVOIDED_FOR
+    ]
+    twice = [node for node, count in Counter(recent).items() if count > 1]
+    return sorted(sorted(twice, key=recent[::-1].index)[:MAX_AVOIDED])
+
+
+def backoff(uid: str, failed: int, spread: float = 0.25) -> datetime.timedelta:
+    """Before the attempt that follows `failed` failures, in whole seconds: doubled each time, and longer by up to
+    `spread`, which the job's UID decides: jobs of a broken node come back one by one, and a replay decides the same."""
     seconds = min(BACKOFF_SECONDS * 2.0 ** max(0, failed - 1), MAX_BACKOFF_SECONDS)
     fraction = int.from_bytes(hashlib.sha256(f"{uid}/{failed}".encode()).digest()[:4], "big") / 2**32
-    return datetime.timedelta(seconds=round(seconds * (1 + fraction / 4)))
+    return datetime.timedelta(seconds=round(seconds * (1 + fraction * spread)))
 
 
 def bounded(attempts: Sequence[Attempt]) -> tuple[Attempt, ...]:

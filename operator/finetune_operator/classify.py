@@ -17,6 +17,15 @@ from finetune_operator.observe import Child, Pod
 TOGETHER = datetime.timedelta(seconds=3)
 LOST = ("DeletionByTaintManager", "DeletionByPodGC")
 """Reasons of DisruptionTarget that mean: the node does not answer, or is gone."""
+MORE_MEMORY = (
+    "with the same it would happen again: the FineTuneProfile's spec.resources.memory must be larger, or the job needs "
+    "less with distribution.offload None, a shorter training.maxLength or a smaller training.microBatchSize"
+)
+"""What to change where a pod of the gang used more of its host's memory than it may."""
+MORE_MEMORY_TO_PREPARE = (
+    "with the same it would happen again: the FineTuneProfile's spec.prepare.memory must be larger, or the dataset's "
+    "rows shorter"
+)
 EXIT_CODE = re.compile(r"failed with exit code (\d+)")
 
 
@@ -57,6 +66,12 @@ def ending(child: Child, pods: Sequence[Pod], now: datetime.datetime) -> Ending 
     return None
 
 
+def out_of_memory(child: Child, pods: Sequence[Pod], now: datetime.datetime) -> Ending | None:
+    """How this Job ends, though its controller would try again: a new pod would be killed for the same."""
+    killed = [pod for pod in pods if pod.out_of_memory]
+    return _failure(child, killed, now) if killed else None
+
+
 def _success(pods: Sequence[Pod], time: datetime.datetime) -> Ending:
     # Worker 0 speaks for the gang; an earlier pod of the same index that failed (prepare retries) does not.
     first = next((pod for pod in pods if pod.index == 0 and pod.phase == "Succeeded"), None)
@@ -83,6 +98,7 @@ def _failure(child: Child, pods: Sequence[Pod], time: datetime.datetime) -> Endi
     code = said.exit_code if said and said.exit_code else end.exit_code if end else None
     # What the trainer says is a sentence for the user; what is seen from outside needs the pod to be looked at.
     text = cause.message if said and said.message else f"{cause.pod.name}: {cause.message}"
+    text = _with_advice(text, cause.reason, child)
     return Ending(
         outcome_of(cause.reason),
         cause.reason,
@@ -90,12 +106,20 @@ def _failure(child: Child, pods: Sequence[Pod], time: datetime.datetime) -> Endi
         time,
         exit_code=code,
         rank=said.rank if said else None,
-        node=cause.pod.node,
+        # A rank that hangs is told of by a launcher that may be on another node.
+        node=(said and said.node) or cause.pod.node,
         resumed_from_step=said.resumed_from_step if said else None,
         # A gate that is not met costs no result: it is published first.
         result=said.result if said else None,
         told=said is not None,
     )
+
+
+def _with_advice(text: str, reason: Reason, child: Child) -> str:
+    if reason is not Reason.HOST_OUT_OF_MEMORY:
+        return text
+    advice = MORE_MEMORY_TO_PREPARE if child.attempt is None else MORE_MEMORY
+    return f"{text[: 2048 - len(advice) - 2]}; {advice}"
 
 
 def first_cause(pods: Sequence[Pod]) -> Cause | None:
@@ -120,7 +144,7 @@ def _time(pod: Pod) -> datetime.datetime | None:
 def _cause(pod: Pod) -> Cause | None:
     end = pod.end
     said = end.message if end and end.exit_code else None
-    if end and end.oom_killed:
+    if pod.out_of_memory:
         text = (said and said.message) or "the container was killed for using more memory than its limit"
         return Cause(0, Reason.HOST_OUT_OF_MEMORY, text, pod, said)
     if pod.evicted:
@@ -160,5 +184,5 @@ def _unseen(child: Child, time: datetime.datetime) -> Ending:
     if "DisruptionTarget" in child.message:
         reason = Reason.PREEMPTED
     code = int(found[1]) if found else None
-    text = child.message or "its pods are gone"
-    return Ending(outcome_of(reason), reason, f"{child.name}: {text}"[:2048], time, exit_code=code)
+    text = _with_advice(f"{child.name}: {child.message or 'its pods are gone'}", reason, child)
+    return Ending(outcome_of(reason), reason, text[:2048], time, exit_code=code)

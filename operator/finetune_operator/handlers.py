@@ -10,6 +10,15 @@ from finetune_operator.controller import Controller
 from finetune_operator.manifests import MANAGED_BY
 from finetune_operator.tls import TlsError
 
+SILENCE_SECONDS = 70.0
+"""Without an event for so long, a bookmark included, a watch counts as dead and is opened anew where it stopped: an API
+server sends bookmarks every minute and remembers what happened in the last 75 seconds."""
+ANSWER_SECONDS = 30
+"""For one of kopf's requests; a page of a LIST takes less."""
+BACKOFFS = (1, 1, 2, 3, 5, 8, 13, *(20,) * 60)
+"""Seconds between tries of what a watch asks for: 20 minutes in all. An API server that is away for a while is waited
+for, with all that is known; after the last try the process ends, instead of being green without a watch."""
+
 
 def registry(controller: Controller) -> kopf.OperatorRegistry:
     """The handlers of one controller. Only `on.event`: it writes nothing to any object and needs no finalizer."""
@@ -81,8 +90,8 @@ def configure(settings: kopf.OperatorSettings) -> None:
     # An initial LIST of 10,000 objects at once is a peak in memory here and at the server.
     settings.watching.chunk_size = 500
     settings.watching.connect_timeout = 10
-    # Finite: after the last one the process ends and is started anew, instead of being green without a watch.
-    settings.networking.error_backoffs = (1, 1, 2, 3, 5, 8, 13, 21, 34, 60)
-    settings.networking.request_timeout = 60
+    settings.watching.inactivity_timeout = SILENCE_SECONDS
+    settings.networking.error_backoffs = BACKOFFS
+    settings.networking.request_timeout = ANSWER_SECONDS
     # The process is to be gone before the kubelet's patience of 30 seconds ends.
-    settings.process.ultimate_exiting_timeout = 20
+    settings.process.ultimate_exiting_timeout = 10

@@ -57,10 +57,11 @@ def spec_sha256(spec: FineTuneJobSpec) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def devices(spec: FineTuneJobSpec, profile: FineTuneProfileSpec) -> Devices:
+def devices(spec: FineTuneJobSpec, profile: FineTuneProfileSpec, workers: int | None = None) -> Devices:
+    """`workers`: of a gang that is smaller than the spec asks for."""
     return Devices(
         kind="CUDA" if profile.accelerator else "CPU",
-        workers=spec.distribution.workers,
+        workers=workers or spec.distribution.workers,
         processes_per_worker=spec.distribution.gpus_per_worker,
     )
 
@@ -89,12 +90,14 @@ def gang(
     attempt: int,
     prepared: PreparedSummary,
     sizings: Sequence[Sizing],
+    workers: int | None = None,
+    affinity: Object | None = None,
 ) -> tuple[Object, ...]:
     """Service, ConfigMap and Indexed Job of one attempt; the Job comes last, so that its pods find the others.
 
-    `sizings`: one for each stage.
+    `sizings`: one for each stage; `workers`: where they are fewer than the spec asks for.
     """
-    builder = _Builder(job, profile, context, attempt)
+    builder = _Builder(job, profile, context, attempt, workers)
     # All pods live and die together: whatever ends one ends the Job, and the next attempt is another Job.
     policy: list[Object] = [
         {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
@@ -116,6 +119,7 @@ def gang(
         "runtimeClassName": profile.spec.runtime_class_name,
         "nodeSelector": dict(profile.spec.node_selector),
         "tolerations": [toleration.to_json() for toleration in profile.spec.tolerations],
+        "affinity": affinity,
     }
     shm = times(profile.spec.resources.shm, processes)
     template = builder.pod("train", _gang_resources(profile.spec, processes), shm, placement, env)
@@ -126,13 +130,25 @@ def gang(
         builder.config_map(prepared, sizings),
         builder.job(
             template,
-            pods=job.spec.distribution.workers,
+            pods=workers or job.spec.distribution.workers,
             retries=0,
             policy=policy,
             labels={key: value for key, value in labels.items() if value},
             suspend=bool(queue and queue.name),
         ),
     )
+
+
+def without(nodes: Sequence[str], *, strictly: bool) -> Object | None:
+    """The affinity of pods that stay away from these nodes: always, or where there is room elsewhere."""
+    if not nodes:
+        return None
+    # By the node's own name, which its label kubernetes.io/hostname need not be; one requirement takes one name.
+    term = {"matchFields": [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in nodes]}
+    if strictly:
+        return {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [term]}}}
+    preferred = [{"weight": 100, "preference": term}]
+    return {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": preferred}}
 
 
 def times(amount: str, factor: int) -> str:
@@ -160,6 +176,7 @@ class _Builder:
     profile: FineTuneProfile
     context: Context
     attempt: int | None
+    workers: int | None = None
 
     @property
     def name(self) -> str:
@@ -222,7 +239,7 @@ class _Builder:
             image=self.profile.spec.image,
             spec=spec,
             spec_sha256=spec_sha256(spec),
-            devices=devices(spec, self.profile.spec),
+            devices=devices(spec, self.profile.spec, self.workers),
             storage=self.profile.spec.storage,
             data_cache_bytes=max(1, int(quantity(self.profile.spec.data_cache))),
             scratch_uri=f"{(spec.checkpoint.uri or spec.output.uri).rstrip('/')}/.scratch/{meta.uid}/",
@@ -308,9 +325,15 @@ class _Builder:
     def _volumes(self, shm: str) -> list[Object]:
         token = {"path": "token", "audience": audience(self.owner.metadata.uid), "expirationSeconds": 3600}
         authority = {"name": self.name, "items": [{"key": "ca.crt", "path": "ca.crt"}]}
+        sources: list[Object] = [{"serviceAccountToken": token}, {"configMap": authority}]
+        credentials = self.owner.spec.credentials
+        if credentials and credentials.secret_ref:
+            # As files they follow a Secret that is renewed. Optional: it is the variables that say what is missing.
+            items = [{"key": key, "path": f"credentials/{key}"} for key, _ in _KEYS]
+            sources.append({"secret": {"name": credentials.secret_ref.name, "items": items, "optional": True}})
         return [
             {"name": "run", "configMap": {"name": self.name, "items": [{"key": "run.json", "path": "run.json"}]}},
-            {"name": "progress", "projected": {"sources": [{"serviceAccountToken": token}, {"configMap": authority}]}},
+            {"name": "progress", "projected": {"sources": sources}},
             {"name": "work", "emptyDir": {}},
             {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": shm}},
         ]
@@ -337,11 +360,8 @@ class _Builder:
             _value("KUBEFLOW_TRAINER_SERVER_TOKEN", "/var/run/finetune/token"),
         ]
         if credentials and credentials.secret_ref:
-            for key, optional in (
-                ("AWS_ACCESS_KEY_ID", False),
-                ("AWS_SECRET_ACCESS_KEY", False),
-                ("AWS_SESSION_TOKEN", True),
-            ):
+            env.append(_value("FINETUNE_CREDENTIALS", "/var/run/finetune/credentials"))
+            for key, optional in _KEYS:
                 ref = {"name": credentials.secret_ref.name, "key": key, "optional": optional}
                 env.append({"name": key, "valueFrom": {"secretKeyRef": ref}})
         if storage.endpoint:
@@ -349,6 +369,10 @@ class _Builder:
         if storage.region:
             env.append(_value("AWS_REGION", storage.region))
         return env
+
+
+_KEYS = (("AWS_ACCESS_KEY_ID", False), ("AWS_SECRET_ACCESS_KEY", False), ("AWS_SESSION_TOKEN", True))
+"""Of the credentials' Secret, and whether they are optional."""
 
 
 def _value(name: str, value: str) -> Object:

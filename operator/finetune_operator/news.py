@@ -105,7 +105,8 @@ def pod_facts(raw: Object, *, gone: bool = False) -> Facts:
     pod = read_pod(raw)
     trouble = pod_trouble(pod)
     if prepares(raw):
-        return Facts((trouble,), (None,))
+        # The Job controller would try again, and a Job that tries again is no news.
+        return Facts((trouble, pod.out_of_memory), (None, False))
     return Facts((trouble, pod.started, pod.deletion, gone), (None, None, None, False))
 
 

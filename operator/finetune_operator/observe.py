@@ -1,7 +1,7 @@
 """PURE. Jobs and pods as the API server sends them -> the few facts that decisions are made of."""
 
 import datetime
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,6 +9,8 @@ from finetune_api.failures import TerminationMessage
 from finetune_operator.manifests import ATTEMPT_LABEL, CONTAINER, JOB_LABEL, PREPARE
 
 Object = Mapping[str, Any]
+EXPLAINED_AFTER = datetime.timedelta(seconds=10)
+"""How long the pods of a Job that has ended are waited for: then they are gone, and with them what they said."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,18 @@ class Pod:
     """Reason and message of its DisruptionTarget condition."""
     evicted: str | None
     """The kubelet's message where it used more of its node than it may."""
+    bound: datetime.datetime | None = None
+    """When it was given its node."""
 
     @property
     def over(self) -> bool:
         return self.phase in ("Succeeded", "Failed")
+
+    @property
+    def out_of_memory(self) -> bool:
+        """Whether the kernel killed it for its memory. Some runtimes say so too where only a helper process was killed
+        and the program itself ended well."""
+        return self.end is not None and self.end.oom_killed and self.end.exit_code != 0
 
     @property
     def running(self) -> bool:
@@ -75,6 +85,8 @@ class Child:
     finished_at: datetime.datetime | None
     message: str
     """Of the condition that finished it."""
+    selective: bool = False
+    """Its pods refuse some nodes."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +111,15 @@ class Observed:
         if child is None or child.finished != "Complete":
             return None
         return next((p for p in self.pods_of(child.uid) if p.index == 0 and p.phase == "Succeeded"), None)
+
+    def unexplained(self, recorded: Container[int | None], now: datetime.datetime) -> Child | None:
+        """A Job that has just ended, though no pod of it has: whoever listed them was told of an earlier time."""
+        for child in self.jobs:
+            since = now - child.finished_at if child.finished_at else EXPLAINED_AFTER
+            ended = any(pod.over for pod in self.pods_of(child.uid))
+            if child.attempt not in recorded and not ended and abs(since) < EXPLAINED_AFTER:
+                return child
+        return None
 
     def pods_of(self, uid: str | None) -> tuple[Pod, ...]:
         return tuple(pod for pod in self.pods if pod.owner == uid)
@@ -161,7 +182,13 @@ def read_job(raw: Object) -> Child:
         finished="Complete" if complete else "Failed" if failed else None,
         finished_at=_time(ended["lastTransitionTime"]) if ended and ended.get("lastTransitionTime") else None,
         message=(ended or {}).get("message") or "",
+        selective=_refuses_nodes(spec),
     )
+
+
+def _refuses_nodes(spec: Object) -> bool:
+    affinity = (((spec.get("template") or {}).get("spec") or {}).get("affinity") or {}).get("nodeAffinity") or {}
+    return "requiredDuringSchedulingIgnoredDuringExecution" in affinity
 
 
 def read_pod(raw: Object) -> Pod:
@@ -174,6 +201,7 @@ def read_pod(raw: Object) -> Pod:
     disrupted = _condition(status, "DisruptionTarget")
     index = (meta.get("annotations") or {}).get("batch.kubernetes.io/job-completion-index")
     refused = scheduled.get("status") == "False" and scheduled.get("reason") == "Unschedulable"
+    bound = scheduled.get("lastTransitionTime") if scheduled.get("status") == "True" else None
     return Pod(
         name=meta["name"],
         owner=controller_uid(raw) or "",
@@ -187,6 +215,7 @@ def read_pod(raw: Object) -> Pod:
         waiting=(waiting["reason"], waiting.get("message") or "") if waiting and waiting.get("reason") else None,
         unschedulable=scheduled.get("message") or "no node has room for the pod" if refused else None,
         disruption=(disrupted.get("reason") or "", disrupted.get("message") or "") if disrupted else None,
+        bound=_time(bound) if bound else None,
         evicted=(status.get("message") or "evicted by its node") if status.get("reason") == "Evicted" else None,
     )
 

@@ -11,32 +11,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from finetune_api import placing
 from finetune_api.failures import MAX_FIGURES, Reason
 from finetune_api.figures import foremost
 from finetune_api.job import FineTuneJob
-from finetune_api.jobstatus import Attempt, DataStatus, FineTuneJobStatus, ResultStatus, State
+from finetune_api.jobstatus import Attempt, FineTuneJobStatus, ResultStatus
 from finetune_api.profile import FineTuneProfile
-from finetune_api.run import PreparedSummary
-from finetune_api.sizing import DoesNotFit, Sizing, size
-from finetune_api.stages import EffectiveStage, effective
 from finetune_operator import attempts as history
-from finetune_operator import manifests, status
+from finetune_operator import manifests, starting, status
 from finetune_operator.accept import Refusal, Subject, check, select_profile
-from finetune_operator.classify import ending
+from finetune_operator.classify import ending, out_of_memory
 from finetune_operator.manifests import Context
-from finetune_operator.observe import Child, Observed, Pod
+from finetune_operator.observe import Child, Observed
+from finetune_operator.situation import LOOK_AGAIN, Situation, Step, with_trouble, within_pre_running
 from finetune_operator.status import Decision, Note
 
 Object = Mapping[str, Any]
-LOOK_AGAIN = datetime.timedelta(seconds=20)
-"""For what no watch tells of: a profile that appears, a pod whose node does not answer."""
+KEEP_ENDED = 3
+"""Attempts that ended of which the Job, its pods and their logs are kept, the newest."""
 
 
 class Deletion(NamedTuple):
     kind: str
     name: str
-    uid: str
+    uid: str | None
+    """None: that of the object of this name, if it is the job's own."""
     resource_version: str | None = None
 
 
@@ -48,36 +46,6 @@ class Plan:
     events: tuple[Note, ...] = ()
     requeue_after: float | None = None
     """Seconds; None: the next watch event is soon enough."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one policy decided."""
-
-    decision: Decision
-    create: tuple[dict[str, Any], ...] = ()
-    due: tuple[datetime.datetime | None, ...] = ()
-    """When time alone would change the decision."""
-    discard: Child | None = None
-    """A Job that is of no use any more."""
-
-
-@dataclass(frozen=True)
-class Situation:
-    """Everything that policies decide upon."""
-
-    subject: Subject
-    observed: Observed
-    attempts: tuple[Attempt, ...]
-    now: datetime.datetime
-    context: Context
-
-    def fail(self, reason: Reason, message: str, *, accepted: bool = True) -> Step:
-        ended = history.close_open(self.attempts, reason, message, self.now, "Permanent")
-        return Step(Decision("Failed", message, reason.value, accepted, attempts=ended))
-
-    def stand(self, decision: Decision) -> Decision:
-        return replace(decision, attempts=self.attempts)
 
 
 def plan(
@@ -148,13 +116,16 @@ def _decide(situation: Situation, profiles: Sequence[Object]) -> Step:
         seconds = job.spec.run_policy.active_deadline_seconds or "the profile's"
         return situation.fail(Reason.DEADLINE_EXCEEDED, f"ran longer than {seconds} activeDeadlineSeconds")
     if last and last.outcome is None:
-        return _run(situation, job, last, deadline)
+        returned = starting.give_back(situation, job, last, found)
+        if returned is None:
+            return starting.run(situation, job, last, found, deadline)
+        situation = returned
     if isinstance(profile, Refusal):
         step = Step(
             situation.stand(Decision("Pending", profile.message, profile.reason.value, accepted=False)),
             due=(situation.now + LOOK_AGAIN,),
         )
-        return _within_pre_running(situation, job, subject.created, step)
+        return within_pre_running(situation, job, subject.created, step)
     if refusal := check(job, profile):
         return situation.fail(refusal.reason, refusal.message, accepted=False)
     return _prepare(situation, job, profile)
@@ -163,14 +134,7 @@ def _decide(situation: Situation, profiles: Sequence[Object]) -> Step:
 def _complete(situation: Situation, last: Attempt) -> Decision:
     result = _result(situation, last)
     text = f"published {result.uri}" if result else "completed; what it published was not told"
-    return situation.stand(Decision("Complete", _with_warning(situation, last, text), result=result))
-
-
-def _with_warning(situation: Situation, attempt: Attempt, text: str) -> str:
-    """With what the trainer of this attempt says is wrong, though it goes on: over-fitting."""
-    trainer = situation.subject.status.trainer_status
-    current = trainer is not None and trainer.attempt == attempt.number
-    return f"{text}; {trainer.warning}" if trainer and current and trainer.warning else text
+    return situation.stand(Decision("Complete", situation.with_warning(last, text), result=result))
 
 
 def _result(situation: Situation, last: Attempt) -> ResultStatus | None:
@@ -183,40 +147,23 @@ def _result(situation: Situation, last: Attempt) -> ResultStatus | None:
     return ResultStatus.model_validate(told.model_dump(by_alias=True))
 
 
-def _run(situation: Situation, job: FineTuneJob, attempt: Attempt, deadline: datetime.datetime | None) -> Step:
-    """The gang exists: is it queued, does it start, does it run?"""
-    child = next(c for c in situation.observed.gangs if c.attempt == attempt.number)
-    pods = situation.observed.pods_of(child.uid)
-    # Nothing tells when a node stops answering; only the pod's deletion, and then time.
-    lost = [pod.deletion + history.LOST_AFTER for pod in pods if pod.deletion and not pod.over]
-    if attempt.start_time:
-        text = f"attempt {attempt.number} runs on {_workers(child.workers)}"
-        decision = Decision("Running", _with_warning(situation, attempt, text))
-        return Step(situation.stand(decision), due=(deadline, *lost))
-    if child.suspended:
-        step = Step(situation.stand(Decision("Queued", _start_text(job, attempt))))
-    else:
-        step = _with_trouble(situation, pods, "Starting", f"attempt {attempt.number} starts {_workers(child.workers)}")
-    return _within_pre_running(situation, job, child.created, replace(step, due=(*step.due, *lost)))
-
-
 def _prepare(situation: Situation, job: FineTuneJob, profile: FineTuneProfile) -> Step:
     """No gang: is the data ready?"""
     child = situation.observed.prepare
     waiting = Decision("Preparing", "checks and converts the data")
     if child is None:
         objects = manifests.prepare(job, profile, situation.context)
-        return _within_pre_running(situation, job, situation.now, Step(situation.stand(waiting), create=objects))
+        return within_pre_running(situation, job, situation.now, Step(situation.stand(waiting), create=objects))
     if child.deleting:
         return Step(situation.stand(waiting))
     pods = situation.observed.pods_of(child.uid)
     # Of several tries the last one counts.
     newest = sorted(pods, key=lambda pod: (pod.created, pod.name))[-1:]
-    end = ending(child, newest, situation.now)
+    end = ending(child, newest, situation.now) or out_of_memory(child, pods, situation.now)
     if end is None:
-        step = _with_trouble(situation, newest, "Preparing", waiting.message)
+        step = with_trouble(situation, newest, "Preparing", waiting.message)
         running = any(pod.running for pod in newest)
-        return step if running else _within_pre_running(situation, job, child.created, step)
+        return step if running else within_pre_running(situation, job, child.created, step)
     if end.outcome != "Succeeded":
         return situation.fail(end.reason or Reason.RANK_FAILED, end.message)
     if end.prepared is None:
@@ -224,91 +171,7 @@ def _prepare(situation: Situation, job: FineTuneJob, profile: FineTuneProfile) -
             return situation.fail(Reason.DATA_INVALID, f"{child.name} ended without telling what it prepared")
         # Its pod is gone, and with it the answer. What it uploaded is still there, so that asking again is quick.
         return Step(situation.stand(waiting), discard=child)
-    return _start(situation, job, profile, end.prepared)
-
-
-def _start(situation: Situation, job: FineTuneJob, profile: FineTuneProfile, prepared: PreparedSummary) -> Step:
-    """The data is ready and no gang runs: may the next attempt begin?"""
-    try:
-        sizings = sized(job, profile, prepared)
-    except DoesNotFit as error:
-        return situation.fail(Reason.DOES_NOT_FIT, str(error))
-    data, sizing = _data(prepared), max(sizings, key=lambda sizing: sizing.memory_per_gpu)
-    last = situation.attempts[-1] if situation.attempts else None
-    number = last.number + 1 if last else 0
-    if last and last.outcome == "Retryable" and last.completion_time:
-        due = last.completion_time + history.backoff(situation.subject.uid, history.failures(situation.attempts))
-        if situation.now < due:
-            text = f"attempt {number} starts at {due:%H:%M:%S} UTC; {last.reason}: {last.message}"
-            return Step(situation.stand(Decision("Retrying", text, data=data, sizing=sizing)), due=(due,))
-    if lingering := _lingering(situation):
-        text = f"attempt {number} waits for {', '.join(lingering[:3])} of the one before to end"
-        decision = situation.stand(Decision("Starting", text, data=data, sizing=sizing))
-        return Step(decision, due=(situation.now + LOOK_AGAIN,))
-    attempt = Attempt(number=number, job=manifests.child_name(job.metadata.name, number))
-    step = Step(
-        Decision(
-            "Queued" if _queue(job) else "Starting",
-            _start_text(job, attempt),
-            attempts=history.bounded((*situation.attempts, attempt)),
-            data=data,
-            sizing=sizing,
-            gpus=manifests.devices(job.spec, profile.spec).world_size,
-        ),
-        create=manifests.gang(job, profile, situation.context, number, prepared, sizings),
-    )
-    return _within_pre_running(situation, job, situation.now, step)
-
-
-def _queue(job: FineTuneJob) -> str | None:
-    return job.spec.queue.name if job.spec.queue else None
-
-
-def _start_text(job: FineTuneJob, attempt: Attempt) -> str:
-    if queue := _queue(job):
-        return f"attempt {attempt.number} waits for queue {queue}"
-    return f"attempt {attempt.number} starts {_workers(job.spec.distribution.workers)}"
-
-
-def sized(job: FineTuneJob, profile: FineTuneProfile, prepared: PreparedSummary) -> list[Sizing]:
-    """One for each stage. Raises DoesNotFit."""
-    stages = effective(job.spec)
-    return [_sized(stages, number, profile, prepared) for number in range(len(stages))]
-
-
-def _sized(
-    stages: Sequence[EffectiveStage], number: int, profile: FineTuneProfile, prepared: PreparedSummary
-) -> Sizing:
-    shape, max_tokens, name = prepared.model, prepared.max_tokens, stages[number].name
-    if prepared.stages:
-        own = prepared.stages[number]
-        targets = {"target_features": own.target_features, "target_outputs": own.target_outputs}
-        shape, max_tokens = shape.model_copy(update=targets), own.max_tokens
-    try:
-        return size(shape, placing.request_of(stages, number, max_tokens), placing.device_of(profile.spec))
-    except DoesNotFit as error:
-        raise (DoesNotFit(f"stage {name}: {error}") if name else error) from error
-
-
-def _data(prepared: PreparedSummary) -> DataStatus:
-    return DataStatus(
-        train_examples=prepared.train_examples,
-        validation_examples=prepared.validation_examples,
-        test_examples=prepared.test_examples,
-        train_tokens=prepared.train_tokens,
-        dropped=prepared.dropped,
-        message=prepared.message or None,
-        report_uri=prepared.report_uri,
-    )
-
-
-def _with_trouble(situation: Situation, pods: Sequence[Pod], state: State, text: str) -> Step:
-    found = status.trouble(pods, situation.now)
-    if found is None:
-        return Step(situation.stand(Decision(state, text)))
-    if found.reason is None:
-        return Step(situation.stand(Decision(state, text)), due=(found.due,))
-    return Step(situation.stand(Decision(state, found.message, found.reason.value)))
+    return starting.start(situation, job, profile, end.prepared)
 
 
 def _deadline(situation: Situation, job: FineTuneJob, profile: FineTuneProfile | None) -> datetime.datetime | None:
@@ -328,29 +191,9 @@ def _deadline(situation: Situation, job: FineTuneJob, profile: FineTuneProfile |
     return situation.now + left if runs or left <= datetime.timedelta() else None
 
 
-def _within_pre_running(situation: Situation, job: FineTuneJob, since: datetime.datetime, step: Step) -> Step:
-    """The step, or the end where what it waits for has taken too long."""
-    seconds = job.spec.run_policy.pre_running_deadline_seconds
-    if seconds is None:
-        return step
-    suspended = situation.subject.status.condition("Suspended")
-    resumed = suspended.last_transition_time if suspended else since
-    due = max(since, resumed) + datetime.timedelta(seconds=seconds)
-    if situation.now < due:
-        return replace(step, due=(*step.due, due))
-    text = f"did not run within {seconds} preRunningDeadlineSeconds; {step.decision.message}"
-    return situation.fail(Reason.PRE_RUNNING_DEADLINE_EXCEEDED, text)
-
-
-def _lingering(situation: Situation) -> list[str]:
-    """Pods of former attempts that may still write: the next one waits for them, but not for those of a lost node."""
-    former = {attempt.uid for attempt in situation.attempts} | {child.uid for child in situation.observed.gangs}
-    pods = (pod for pod in situation.observed.pods if pod.owner in former)
-    return [pod.name for pod in pods if not pod.over and not history.is_lost(pod, situation.now)]
-
-
 def _superfluous(observed: Observed, step: Step) -> tuple[Deletion, ...]:
-    """Jobs that still run though they are recorded as ended, or though nothing may run."""
+    """Jobs that still run though they are recorded as ended, or though nothing may run; and those whose logs nobody
+    reads any more."""
     still = step.decision.state not in ("Suspended", "Failed", "Complete")
     open_jobs = {a.number for a in step.decision.attempts if a.outcome is None}
     unwanted = [
@@ -359,16 +202,22 @@ def _superfluous(observed: Observed, step: Step) -> tuple[Deletion, ...]:
         if child is step.discard
         or (child.finished is None and not (still and (child.attempt is None or child.attempt in open_jobs)))
     ]
-    return tuple(Deletion("Job", child.name, child.uid) for child in unwanted if not child.deleting)
+    ended = {a.number for a in step.decision.attempts if a.outcome}
+    old = [child for child in observed.gangs if child.finished and child.attempt in ended][:-KEEP_ENDED]
+    return tuple(deletion for child in (*unwanted, *old) if not child.deleting for deletion in _whole(child))
+
+
+def _whole(child: Child) -> tuple[Deletion, ...]:
+    """The Job comes last: as long as it is there, what belongs to it is still to be deleted. The ConfigMap of `prepare`
+    stays, for the next one of the same name."""
+    parts = () if child.attempt is None else ("Service", "ConfigMap")
+    return (*(Deletion(kind, child.name, None) for kind in parts), Deletion("Job", child.name, child.uid))
 
 
 def _after_the_end(subject: Subject, observed: Observed, now: datetime.datetime) -> Plan:
     """A finished job never runs again: what still runs of it goes, and at the end of its ttl it goes itself."""
-    left = tuple(
-        Deletion("Job", child.name, child.uid)
-        for child in observed.jobs
-        if child.finished is None and not child.deleting
-    )
+    running = (child for child in observed.jobs if child.finished is None and not child.deleting)
+    left = tuple(deletion for child in running for deletion in _whole(child))
     ttl = subject.ttl_seconds
     if ttl is None or subject.status.completion_time is None:
         return Plan(subject.status, delete=left)
@@ -382,7 +231,3 @@ def _after_the_end(subject: Subject, observed: Observed, now: datetime.datetime)
 def _earliest(due: Sequence[datetime.datetime | None], now: datetime.datetime) -> float | None:
     times = [time for time in due if time is not None]
     return max(0.0, (min(times) - now).total_seconds()) if times else None
-
-
-def _workers(count: int) -> str:
-    return "one worker" if count == 1 else f"{count} workers"

@@ -71,13 +71,25 @@ async def reconcile(
     choice = [] if finished(subject.status) else await (profiles or Profiles(cluster)).choice(wanted)
     recorded, unrecorded = _names(subject)
     jobs = await _jobs(cluster, subject, recorded)
-    observed = await _observe(cluster, subject, jobs, prepare_pod)
+    if _lacks_a_gang(subject, jobs):
+        # Deleted, most likely. That its attempt has ended cannot be taken back, so another way to read it must agree.
+        jobs = await _jobs(cluster, subject, None)
+    observed = await _observe(cluster, subject, jobs, prepare_pod, clock())
     decided = plan(subject, choice, observed, clock(), context)
     # A try that was cut short may have left a Job that no status tells of. Creating it anew would show that, by 409.
     if not decided.create and (left := await _jobs(cluster, subject, unrecorded)):
-        observed = await _observe(cluster, subject, [*jobs, *left], prepare_pod)
+        observed = await _observe(cluster, subject, [*jobs, *left], prepare_pod, clock())
         decided = plan(subject, choice, observed, clock(), context)
+    lacking = _lacks_a_gang(subject, jobs) or len(jobs) < len(recorded or ())
+    if decided.create and lacking and not await _exists(cluster, subject):
+        # It was deleted after it was read, and garbage collection takes its Jobs: they are not to come back.
+        return Result()
     return await _carry_out(cluster, subject, raw, decided, clock)
+
+
+async def _exists(cluster: Cluster, subject: Subject) -> bool:
+    found = await cluster.get("FineTuneJob", subject.namespace, subject.name)
+    return found is not None and found["metadata"]["uid"] == subject.uid
 
 
 async def glance(raw: Object, census: Census, context: Context, profiles: Profiles) -> Result | None:
@@ -116,7 +128,8 @@ async def _carry_out(
             raise NotYet("the job changed meanwhile")
         raw = written
     for kind, name, uid, version in decided.delete:
-        await cluster.delete(kind, key[0], name, uid, version)
+        if uid := uid or await _own(cluster, subject, kind, name):
+            await cluster.delete(kind, key[0], name, uid, version)
     await _tell(cluster, subject, decided, clock())
     # What was there already may have come further than a new one, and was not looked at.
     return Result(0.0 if known else decided.requeue_after, decided.status.state, raw)
@@ -141,7 +154,15 @@ async def _jobs(cluster: Cluster, subject: Subject, names: Iterable[str] | None)
     return [job for job in found if job is not None]
 
 
-async def _observe(cluster: Cluster, subject: Subject, jobs: Sequence[Object], prepare_pod: str | None) -> Observed:
+def _lacks_a_gang(subject: Subject, jobs: Sequence[Object]) -> bool:
+    names = {job["metadata"]["name"] for job in jobs}
+    return any(attempt.outcome is None and attempt.job not in names for attempt in subject.status.attempts)
+
+
+async def _observe(
+    cluster: Cluster, subject: Subject, jobs: Sequence[Object], prepare_pod: str | None, now: datetime.datetime
+) -> Observed:
+    """Raises NotYet where a Job has just ended, and nothing is seen yet of why."""
     if finished(subject.status) or not (jobs or subject.status.attempts):
         return observe(subject.uid, jobs, [])
     if prepare_pod and len(jobs) == 1 and not subject.status.attempts:
@@ -151,7 +172,11 @@ async def _observe(cluster: Cluster, subject: Subject, jobs: Sequence[Object], p
         if observed.prepared_by:
             return observed
     pods = await cluster.list_children("Pod", subject.namespace, subject.name)
-    return observe(subject.uid, jobs, pods)
+    observed = observe(subject.uid, jobs, pods)
+    recorded = {attempt.number for attempt in subject.status.attempts if attempt.outcome}
+    if child := observed.unexplained(recorded, now):
+        raise NotYet(f"Job {child.name} has ended, and none of its pods")
+    return observed
 
 
 async def _create(cluster: Cluster, subject: Subject, manifest: Object) -> tuple[Object, bool]:
@@ -174,6 +199,13 @@ async def _create(cluster: Cluster, subject: Subject, manifest: Object) -> tuple
         await cluster.delete(kind, subject.namespace, name, found["metadata"]["uid"])
         raise NotYet(f"{kind} {name} is out of date")
     return {**found, "kind": kind}, True
+
+
+async def _own(cluster: Cluster, subject: Subject, kind: str, name: str) -> str | None:
+    """UID of the object of this name; None where it is gone, or somebody else's."""
+    found = await cluster.get(kind, subject.namespace, name)
+    uid: str | None = found["metadata"]["uid"] if found and controller_uid(found) == subject.uid else None
+    return uid
 
 
 def _of_namesake(found: Object, subject: Subject) -> bool:

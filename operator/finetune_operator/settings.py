@@ -21,8 +21,9 @@ class Settings(BaseModel):
     """Namespaces to serve, parted by blanks; none: all. An operator with rights on some namespaces only needs it."""
     workers: Annotated[int, Field(ge=1, le=256)] = 16
     """Jobs that are reconciled at once: it bounds the requests in flight, and so what an API server must bear."""
-    resync_seconds: Annotated[float, Field(gt=0)] = 300.0
-    """How often every unfinished job is looked at without a reason: it heals a watch event that never came."""
+    resync_seconds: Annotated[float, Field(gt=0)] = 100.0
+    """How often every unfinished job is looked at without a reason: it heals a watch event that never came, and a watch
+    that is open and tells nothing."""
     api_timeout_seconds: Annotated[float, Field(gt=0)] = 30.0
     """For one request to the API server; an answer that takes longer counts as none."""
     stale_seconds: Annotated[float, Field(gt=0)] = 900.0

@@ -195,6 +195,8 @@ def notes(old: FineTuneJobStatus, new: FineTuneJobStatus) -> tuple[Note, ...]:
             )
         )
     found += _attempt_notes(old, new)
+    if old.sizing and new.sizing and (text := _resized(old.sizing, new.sizing)):
+        found.append(Note("Normal", "Resized", text))
     for state in ("Preparing", "Queued", "Suspended", "Running", "Publishing", "Complete"):
         if new.state == state != old.state:
             found.append(Note("Normal", state, new.message or state))
@@ -212,11 +214,28 @@ def _attempt_notes(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Note]
     for attempt in new.attempts:
         known = before.get(attempt.number)
         if known is None:
-            found.append(Note("Normal", "AttemptStarted", f"created Job {attempt.job}"))
+            found.append(Note("Normal", "AttemptStarted", f"created Job {attempt.job}{_fewer(attempt, old)}"))
         if attempt.outcome and (known is None or not known.outcome) and attempt.outcome != "Succeeded":
             reason = attempt.reason or attempt.outcome
             found.append(Note("Warning", reason, f"attempt {attempt.number}: {attempt.message or attempt.outcome}"))
     return found
+
+
+def _fewer(attempt: Attempt, old: FineTuneJobStatus) -> str:
+    before = old.attempts[-1].workers if old.attempts else None
+    if not (before and attempt.workers) or before == attempt.workers:
+        return ""
+    return f"; workers: {attempt.workers} instead of {before}"
+
+
+def _resized(old: Sizing, new: Sizing) -> str:
+    before, after = ((s.micro_batch_size, s.gradient_accumulation) for s in (old, new))
+    if before == after:
+        return ""
+    return (
+        f"micro-batch {after[0]} instead of {before[0]} and gradient accumulation {after[1]} instead of {before[1]}: "
+        f"a step learns from as many examples as before"
+    )
 
 
 def _problem(status: FineTuneJobStatus) -> Note | None:

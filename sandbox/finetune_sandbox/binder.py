@@ -1,7 +1,7 @@
 """The smallest scheduler: binds pods of `default-scheduler` to nodes one by one, where the cluster has no scheduler.
 
-It knows nodeSelector, taints with effect NoSchedule or NoExecute, cordons and resource requests. A pod that asks
-for more (affinity, topology spread) stays unschedulable and says so.
+It knows nodeSelector, nodeAffinity by name or label, taints with effect NoSchedule or NoExecute, cordons and resource
+requests. A pod that asks for more (affinity to pods, topology spread) stays unschedulable and says so.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -26,6 +26,14 @@ log = logging.getLogger(__name__)
 Resources = Mapping[str, Fraction]
 SCHEDULER = "default-scheduler"
 _RETRY_SECONDS = 1.0
+REQUIRED = "requiredDuringSchedulingIgnoredDuringExecution"
+_OPERATORS: dict[str, Callable[[str | None, Mapping[str, Any]], bool]] = {
+    "In": lambda found, rule: found in rule["values"],
+    "NotIn": lambda found, rule: found not in rule["values"],
+    "Exists": lambda found, rule: found is not None,
+    "DoesNotExist": lambda found, rule: found is None,
+}
+"""Of node affinity, by what a node has under the key."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +79,33 @@ def decide(pod: Mapping[str, Any], nodes: Sequence[Object], used: Mapping[str, R
 
 def _unsupported(spec: Mapping[str, Any]) -> str:
     affinity = spec.get("affinity") or {}
-    if any("requiredDuringSchedulingIgnoredDuringExecution" in rule for rule in affinity.values()):
-        return "required affinity"
+    if any(REQUIRED in rule for kind, rule in affinity.items() if kind != "nodeAffinity"):
+        return "required affinity to pods"
+    if any(rule["operator"] not in _OPERATORS for term in _terms(spec) for _, rule in _requirements(term)):
+        return "required nodeAffinity by Gt or Lt"
     spread = spec.get("topologySpreadConstraints") or []
     return "topologySpreadConstraints" if any(rule["whenUnsatisfiable"] == "DoNotSchedule" for rule in spread) else ""
+
+
+def _terms(spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Of which a node must match one, where there are any."""
+    affinity = (spec.get("affinity") or {}).get("nodeAffinity") or {}
+    return list((affinity.get(REQUIRED) or {}).get("nodeSelectorTerms") or [])
+
+
+def _requirements(term: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    return [(kind, rule) for kind in ("matchFields", "matchExpressions") for rule in term.get(kind) or ()]
+
+
+def _matches(term: Mapping[str, Any], node: Object) -> bool:
+    labels = node["metadata"].get("labels") or {}
+    fields = {"metadata.name": node["metadata"]["name"]}
+    rules = _requirements(term)
+    # A term without requirements matches nothing.
+    return bool(rules) and all(
+        _OPERATORS[rule["operator"]]((fields if kind == "matchFields" else labels).get(rule["key"]), rule)
+        for kind, rule in rules
+    )
 
 
 def misfits(pod: Mapping[str, Any], node: Object, used: Resources) -> list[str]:
@@ -90,6 +121,9 @@ def misfits(pod: Mapping[str, Any], node: Object, used: Resources) -> list[str]:
             return [f"node(s) had untolerated taint {{{taint['key']}: {taint.get('value', '')}}}"]
     labels = node["metadata"].get("labels") or {}
     if any(labels.get(key) != value for key, value in (pod["spec"].get("nodeSelector") or {}).items()):
+        return ["node(s) didn't match Pod's node affinity/selector"]
+    terms = _terms(pod["spec"])
+    if terms and not any(_matches(term, node) for term in terms):
         return ["node(s) didn't match Pod's node affinity/selector"]
     room = {name: parse(value) for name, value in (status.get("allocatable") or {}).items()}
     short = [

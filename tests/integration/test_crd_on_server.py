@@ -46,11 +46,15 @@ GOOD: dict[str, dict[str, Any]] = {
         "datasets": [{"name": "a", "uri": "s3://data/a", "columns": {"context": "found"}, "retrieval": {}}]
     },
     "a similarity": {"dataPolicy": {"similarity": 0.75}},
+    "as few as all": {"distribution": {"workers": 2, "minWorkers": 2}},
 }
 BAD: dict[str, dict[str, Any]] = {
     "epochs and maxSteps": {"training": {"epochs": 1, "maxSteps": 1}},
     "no epochs": {"training": {"epochs": 0}},
     "negative workers": {"distribution": {"workers": -1}},
+    "more workers at the least": {"distribution": {"workers": 2, "minWorkers": 3}},
+    "two workers at the least of one": {"distribution": {"minWorkers": 2}},
+    "no workers at the least": {"distribution": {"workers": 2, "minWorkers": 0}},
     "workers as text": {"distribution": {"workers": "two"}},
     "ia3 under LoRA": {"tuning": {"type": "LoRA", "ia3": {}}},
     "dpo under SFT": {"method": {"type": "SFT", "dpo": {}}},

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from finetune_api.failures import TerminationMessage
 from finetune_api.run import PreparedData, RunConfig, Shard
 from finetune_trainer.outcome import read_outcome
+from finetune_trainer.underway import at_work
 from finetune_trainer.workdir import WorkDir
 from support.runs import JOB_UID, make_run_config
 from support.s3 import S3, unused_port
@@ -180,6 +181,8 @@ class Gang:
         for process in self.processes:
             process.kill()
             process.join()
+        while at_work(self.work(0)):  # as the launcher
+            time.sleep(0.02)
 
     def log(self) -> str:
         return "\n".join(path.read_text() for path in sorted(self.directory.glob("rank-*.log")))

@@ -1,6 +1,7 @@
 """A launcher as a process of its own, with tiny programs as its ranks."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -15,15 +16,17 @@ from finetune_api.failures import TerminationMessage
 from support.runs import make_run_config, pod_environment
 
 DRIVER = """
-import ctypes, sys
+import ctypes, json, sys
 from pathlib import Path
 # What only PID 1 is otherwise: the new parent of orphans (PR_SET_CHILD_SUBREAPER).
 ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+from finetune_trainer.hangs import Deadlines
 from finetune_trainer.launch import launch
 from finetune_trainer.termination import run
-pull, train, grace, cgroup = sys.argv[1:]
+pull, train, grace, cgroup, deadlines = sys.argv[1:]
+limits = Deadlines(**json.loads(deadlines))
 sys.exit(run(lambda config: launch(config, pull=(sys.executable, pull), train=(sys.executable, train),
-                                   grace=float(grace), cgroup=Path(cgroup))))
+                                   grace=float(grace), cgroup=Path(cgroup), deadlines=limits)))
 """
 HEAD = """
 import os, signal, sys, time
@@ -80,6 +83,7 @@ def launched(
     processes: int = 2,
     workers: int = 1,
     env: dict[str, str] | None = None,
+    deadlines: dict[str, float] | None = None,
     **spec: Any,
 ) -> Iterator[Launch]:
     """Runs a launcher whose ranks run the Python text `rank` (after HEAD)."""
@@ -89,7 +93,7 @@ def launched(
     variables = pod_environment(directory, config, **(env or {}))
     command = [sys.executable, "-c", DRIVER, str(directory / "pull.py"), str(directory / "rank.py")]
     process = subprocess.Popen(
-        [*command, str(grace), str(directory / "cgroup")],
+        [*command, str(grace), str(directory / "cgroup"), json.dumps(deadlines or {})],
         env=variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -92,7 +92,8 @@ class Operator:
     namespace: str
     process: asyncio.subprocess.Process | None = None
 
-    async def start(self, **settings: str) -> None:
+    def environment(self, **settings: str) -> dict[str, str]:
+        """Its variables; its kubeconfig is written."""
         kubeconfig = {
             "apiVersion": "v1",
             "kind": "Config",
@@ -104,7 +105,10 @@ class Operator:
         path = self.directory / "kubeconfig"
         path.write_text(json.dumps(kubeconfig))
         own = {"NAMESPACES": self.namespace, "TLS_FOLDER": str(self.directory / "tls"), **settings}
-        environment = os.environ | {"KUBECONFIG": str(path)} | {f"FINETUNE_OPERATOR_{k}": v for k, v in own.items()}
+        return os.environ | {"KUBECONFIG": str(path)} | {f"FINETUNE_OPERATOR_{k}": v for k, v in own.items()}
+
+    async def start(self, **settings: str) -> None:
+        environment = self.environment(**settings)
         with self.log.open("ab") as output:
             self.process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "finetune_operator", env=environment, stdout=output, stderr=output

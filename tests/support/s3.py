@@ -24,7 +24,7 @@ server.start()
 print(*server.get_host_and_port(), flush=True)
 sys.stdin.read()
 """
-_ALLOWED = [{"Effect": "Allow", "Action": "s3:*", "Resource": "*"}]
+_ALLOWED = [{"Effect": "Allow", "Action": ["s3:*", "iam:*"], "Resource": "*"}]
 _DENIED = [{"Effect": "Deny", "Action": "s3:*", "Resource": ["arn:aws:s3:::forbidden", "arn:aws:s3:::forbidden/*"]}]
 
 

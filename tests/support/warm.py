@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,8 @@ def become(request: dict[str, Any], outputs: list[int]) -> None:
     sys.argv = [request["module"], *request["arguments"]]
     # The variable was read when torch was imported.
     torch.set_num_threads(int(request["env"].get("OMP_NUM_THREADS", "1")))
+    if where := request["env"].get("WARM_PAUSE"):
+        pause(where, f"rank-{request['env']['RANK']}" if "RANK" in request["env"] else "pull")
     code: Any = 1
     try:
         runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
@@ -126,6 +129,42 @@ def become(request: dict[str, Any], outputs: list[int]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code if isinstance(code, int) else 0 if code is None else 1)
+
+
+def pause(where: str, own: str) -> None:
+    """`<process> <phase> <folder>`: that process waits where it enters the phase, from `reached` to `go` in the folder.
+
+    The phase `Step` is the end of the fifth step; of `Saving` it is the second time.
+    """
+    from finetune_trainer import heartbeat
+
+    process, phase, folder = where.split()
+    reached, go = Path(folder) / "reached", Path(folder) / "go"
+    if process != own:
+        return
+
+    def wait() -> None:
+        if not reached.exists():
+            reached.touch()
+            while not go.exists():
+                time.sleep(0.005)
+
+    times = 0
+    enter, step = heartbeat.enter, heartbeat.step
+
+    def enter_and_wait(entered: Any) -> None:
+        nonlocal times
+        enter(entered)
+        times += entered == phase
+        if times == 1 + (phase == "Saving"):
+            wait()
+
+    def step_and_wait(number: int) -> None:
+        step(number)
+        if phase == "Step" and number == 5:
+            wait()
+
+    heartbeat.enter, heartbeat.step = enter_and_wait, step_and_wait
 
 
 def die_with_parent() -> None:

@@ -238,6 +238,10 @@ class World:
         self.job["metadata"]["resourceVersion"] = str(int(self.job["metadata"]["resourceVersion"]) + 1)
 
     @property
+    def deleted_jobs(self) -> list[str]:
+        return [name for name in self.deleted if name.startswith("Job/")]
+
+    @property
     def status(self) -> FineTuneJobStatus:
         return Subject.read(self.job).status
 
@@ -280,6 +284,15 @@ class World:
 
     def pods(self, job: str) -> list[Object]:
         return [self.pod(job, index) for index in range(self.objects["Job", job]["spec"]["completions"])]
+
+    def place(self, job: str, count: int) -> None:
+        """So many pods of the Job are on nodes, and there is no room for the others."""
+        full = {"status": "False", "reason": "Unschedulable", "message": f"0/{count} nodes are available"}
+        for index, pod in enumerate(self.pods(job)):
+            fact = {"status": "True", "lastTransitionTime": rfc3339(self.now)} if index < count else full
+            pod["status"] = {"phase": "Pending", "conditions": [{"type": "PodScheduled", **fact}]}
+            if index >= count:
+                pod["spec"].pop("nodeName", None)
 
     def run(self, job: str) -> None:
         """Every pod of the Job runs."""

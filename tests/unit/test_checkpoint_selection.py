@@ -3,8 +3,8 @@
 import pytest
 
 from finetune_api.job import CheckpointInterval
-from finetune_trainer.checkpoint import complete_steps, name_of, superfluous
 from finetune_trainer.pace import FIRST_SECONDS, LEAST_SECONDS, MTBF_SECONDS, Pace, auto_seconds
+from finetune_trainer.steps import complete_steps, name_of, superfluous
 
 PREFIX = "s3://bucket/.scratch/u/checkpoints"
 
@@ -83,3 +83,12 @@ def test_the_cheaper_the_more_often_but_not_all_the_time() -> None:
     assert auto_seconds(8.0, 1) == pytest.approx(2 * auto_seconds(2.0, 1))
     assert auto_seconds(2.0, 4) == pytest.approx(auto_seconds(2.0, 1) / 2)
     assert auto_seconds(0.0, 1) == LEAST_SECONDS
+
+
+def test_the_more_has_failed_the_more_often() -> None:
+    assert auto_seconds(8.0, 1, failures=3) == pytest.approx(auto_seconds(8.0, 1) / 2)
+    pace = Pace(CheckpointInterval(), workers=1, failures=3)
+    pace.saved(1, 0.0, cost=8.0)
+    wait = auto_seconds(8.0, 1) / 2
+    assert not pace.due(2, wait - 1)
+    assert pace.due(2, wait + 1)

@@ -1,5 +1,6 @@
 """Why an attempt ended, from what its pods left behind."""
 
+import dataclasses
 import datetime
 from typing import Any
 
@@ -55,7 +56,7 @@ def failed(*pods: Pod, message: str = "") -> Ending:
 def test_a_message_and_an_exit_code_alone_mean_the_same(reason: Reason) -> None:
     told, untold = failed(pod(0, EXIT_CODES[reason], said=says(reason, "why"))), failed(pod(0, EXIT_CODES[reason]))
     assert (told.reason, told.outcome) == (untold.reason, untold.outcome) == (reason, told.outcome)
-    assert told.message == "why"
+    assert told.message.startswith("why")
     assert untold.message.startswith("j-0-0: ended with exit code")
 
 
@@ -151,6 +152,30 @@ def test_success_is_told_by_worker_0() -> None:
     lost = ending(child("Complete"), [], START)
     assert lost
     assert (lost.outcome, lost.result, lost.told) == ("Succeeded", None, False)
+
+
+def test_a_helper_that_was_killed_for_its_memory_is_no_cause() -> None:
+    found = failed(pod(0, 0, oom=True), pod(1, 74, 30, says(Reason.DIVERGED)))
+    assert found.reason is Reason.DIVERGED
+
+
+@pytest.mark.parametrize(
+    ("attempt", "field"), [(0, "FineTuneProfile's spec.resources"), (None, "FineTuneProfile's spec.prepare")]
+)
+def test_what_ran_out_of_host_memory_is_told_what_to_change(attempt: int | None, field: str) -> None:
+    job = dataclasses.replace(child(), attempt=attempt)
+    code = EXIT_CODES[Reason.HOST_OUT_OF_MEMORY]
+    for pods in ([pod(0, 137, oom=True)], [pod(0, code, said=says(Reason.HOST_OUT_OF_MEMORY, "x" * 2048))], []):
+        told = dataclasses.replace(job, message=f"Container trainer failed with exit code {code} matching FailJob rule")
+        found = ending(told, pods, START)
+        assert found
+        assert (found.reason, found.outcome) == (Reason.HOST_OUT_OF_MEMORY, "Permanent")
+        assert field in found.message
+        assert len(found.message) <= 2048
+
+
+def test_a_rank_that_hangs_is_told_of_with_its_own_node() -> None:
+    assert failed(pod(0, 75, said=says(Reason.HUNG, rank=3, node="node-7"))).node == "node-7"
 
 
 def test_a_job_that_runs_has_no_end() -> None:

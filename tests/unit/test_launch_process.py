@@ -227,6 +227,24 @@ sys.exit(guarded(main, work / "outcomes" / "pull.json"))
     assert not (tmp_path / "work" / "trained").exists()
 
 
+def test_a_checkpoint_on_its_way_is_waited_for_though_its_rank_is_gone(tmp_path: Path) -> None:
+    rank = """
+from finetune_trainer.underway import locked
+from finetune_trainer.workdir import WorkDir
+import subprocess
+program = f"touch {work}/storing; while [ ! -e {work}/go ]; do sleep 0.05; done; sleep 0.5; touch {work}/stored"
+with locked(WorkDir.from_env()) as lock:
+    subprocess.Popen(["sh", "-c", program], pass_fds=[lock], process_group=0)
+await_file("storing"); os.kill(os.getpid(), 9)
+"""
+    with launched(tmp_path, rank, processes=1) as launch:
+        launch.until_file("storing")
+        (tmp_path / "work" / "go").touch()
+        message = launch.wait()
+    assert (tmp_path / "work" / "stored").exists()
+    assert (message.reason, message.exit_code) == (Reason.RANK_FAILED, -signal.SIGKILL)
+
+
 def test_orphans_are_reaped(tmp_path: Path) -> None:
     rank = """
 import subprocess

@@ -53,6 +53,14 @@ def test_the_cause(ends: list[RankEnd], stopped_at: float | None, reason: Reason
         assert message.rank == rank
 
 
+def test_an_uploader_that_was_killed_for_memory_is_told_from_one_that_was_not() -> None:
+    lost = said(Reason.RANK_FAILED, "the process that stores checkpoints was killed by signal 9")
+    assert judge([make_end(0, 76, 1, lost)], None).reason == Reason.RANK_FAILED
+    message = judge([make_end(0, 76, 1, lost)], None, out_of_memory=True)
+    assert (message.reason, message.rank) == (Reason.HOST_OUT_OF_MEMORY, 0)
+    assert message.message.endswith("the pod's memory limit was reached")
+
+
 def test_success_is_rank_0s_own_message() -> None:
     result = TerminationMessage(step=9)
     assert judge([make_end(0, 0, 1, result), make_end(1, 0, 1)], None) == result

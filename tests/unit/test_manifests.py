@@ -11,7 +11,7 @@ from finetune_api.model import quantity
 from finetune_api.profile import FineTuneProfile
 from finetune_api.run import RunConfig
 from finetune_operator import manifests
-from finetune_operator.plan import sized
+from finetune_operator.fitting import sized
 from support.world import CONTEXT, PREPARED, JobBuilder, Object, make_job, make_profile
 
 FULL_PROFILE: dict[str, Any] = {
@@ -193,7 +193,16 @@ def test_the_environment() -> None:
     assert values["KUBEFLOW_TRAINER_SERVER_URL"] == f"https://progress.example:8443{path}"
     assert env["AWS_SECRET_ACCESS_KEY"]["valueFrom"]["secretKeyRef"]["name"] == "s3-creds"
     assert env["AWS_SESSION_TOKEN"]["valueFrom"]["secretKeyRef"]["optional"] is True
-    listed = [entry["name"] for entry in pod_of(build(FULL_JOB, **FULL_PROFILE)[1])["containers"][0]["env"]]
+    pod = pod_of(build(FULL_JOB, **FULL_PROFILE)[1])
+    # The same keys as files, which follow a Secret that is renewed.
+    assert values["FINETUNE_CREDENTIALS"] == "/var/run/finetune/credentials"
+    volume = next(volume for volume in pod["volumes"] if volume["name"] == "progress")
+    secret = next(source["secret"] for source in volume["projected"]["sources"] if "secret" in source)
+    assert (secret["name"], secret["optional"]) == ("s3-creds", True)
+    assert [item["path"] for item in secret["items"]] == [
+        f"credentials/{key}" for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+    ]
+    listed = [entry["name"] for entry in pod["containers"][0]["env"]]
     assert len(listed) == len(set(listed))
     assert "FINETUNE_WORKER_INDEX" not in environment(build(FULL_JOB, **FULL_PROFILE)[0])
 

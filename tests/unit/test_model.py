@@ -142,6 +142,29 @@ LABELLED = {"datasets": [{"name": "texts", "uri": "s3://data/texts.jsonl", "form
             "a multiple of the 4 processes (workers x gpusPerWorker), for example 8",
         ),
         (
+            {
+                "training": {"globalBatchSize": 16},
+                "distribution": {"workers": 4, "minWorkers": 3, "gpusPerWorker": 2},
+                "runPolicy": {"preRunningDeadlineSeconds": 600},
+            },
+            "spec.training.globalBatchSize",
+            "a multiple of the 6 processes (minWorkers x gpusPerWorker), for example 12",
+        ),
+        (
+            {"distribution": {"workers": 2, "minWorkers": 1}},
+            "spec.distribution.minWorkers",
+            "runPolicy.preRunningDeadlineSeconds, which says how long all workers are waited for, must be given too",
+        ),
+        (
+            {
+                "distribution": {"workers": 2, "minWorkers": 1},
+                "runPolicy": {"preRunningDeadlineSeconds": 600},
+                "queue": {"name": "team-a"},
+            },
+            "spec.distribution.minWorkers",
+            "the queue team-a admits all workers or none",
+        ),
+        (
             {"training": {"globalBatchSize": 16, "microBatchSize": 3}, "distribution": {"workers": 2}},
             "spec.training.microBatchSize",
             "must divide the 8 examples that each process takes",

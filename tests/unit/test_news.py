@@ -113,6 +113,16 @@ async def test_a_pod_in_trouble_is_work_and_one_that_is_out_of_it(attempt: str) 
     assert news.heard(pod, pod_facts(pod))
 
 
+async def test_what_prepares_is_work_once_the_kernel_has_killed_it_for_its_memory() -> None:
+    world, news = World(make_job().build()), ChildNews()
+    await world.settle()
+    world.run("support-bot-prepare")
+    pod = world.pod("support-bot-prepare")
+    assert not news.heard(pod, pod_facts(pod))
+    world.end("support-bot-prepare", exitCode=137, reason="OOMKilled")
+    assert news.heard(pod, pod_facts(pod))
+
+
 async def test_a_job_that_was_created_but_not_recorded_is_found_where_nothing_is_created() -> None:
     world = await started(World(make_job().build()))
     world.job["status"]["attempts"] = []

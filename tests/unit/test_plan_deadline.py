@@ -15,7 +15,7 @@ async def test_running_time_is_bounded() -> None:
     failed = world.status.condition("Failed")
     assert failed
     assert failed.reason == "DeadlineExceeded"
-    assert world.deleted == ["Job/support-bot-0"]
+    assert world.deleted_jobs == ["Job/support-bot-0"]
     assert world.status.attempts[0].outcome == "Permanent"
 
 

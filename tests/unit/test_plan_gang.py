@@ -221,4 +221,4 @@ async def test_nothing_is_deleted_or_told_that_is_not_recorded() -> None:
     assert (world.deleted, len(world.events)) == ([], told)
     world.patch_status = patch_status  # type: ignore[method-assign]
     await world.settle()
-    assert world.deleted == ["Job/support-bot-0"]
+    assert world.deleted_jobs == ["Job/support-bot-0"]

@@ -113,8 +113,9 @@ async def test_an_answer_that_was_lost_with_its_pod_is_asked_for_again() -> None
     world = World(make_job().build())
     await world.settle()
     world.finish("support-bot-prepare", "Complete")
+    world.later(10)
     await world.settle()
-    assert world.deleted == ["Job/support-bot-prepare"]
+    assert world.deleted_jobs == ["Job/support-bot-prepare"]
     assert world.created.count("Job/support-bot-prepare") == 2
     world.prepared()
     await world.settle()
@@ -195,7 +196,22 @@ async def test_the_time_before_running_is_bounded() -> None:
     failed = world.status.condition("Failed")
     assert failed
     assert failed.reason == "PreRunningDeadlineExceeded"
-    assert world.deleted == ["Job/support-bot-prepare"]
+    assert world.deleted_jobs == ["Job/support-bot-prepare"]
+
+
+async def test_what_the_kernel_killed_for_its_memory_is_not_tried_again_unchanged() -> None:
+    """Though the Job has tries left, and its controller would use them."""
+    world = World(make_job().build())
+    await world.settle()
+    world.run("support-bot-prepare")
+    await world.settle()
+    world.end("support-bot-prepare", exitCode=137, reason="OOMKilled")
+    await world.settle()
+    failed = world.status.condition("Failed")
+    assert failed
+    assert failed.reason == "HostOutOfMemory"
+    assert "the FineTuneProfile's spec.prepare.memory must be larger" in failed.message
+    assert world.deleted_jobs == ["Job/support-bot-prepare"]
 
 
 async def test_preparing_itself_may_take_longer() -> None:

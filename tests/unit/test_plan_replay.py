@@ -67,12 +67,52 @@ async def hopeless(world: World) -> None:
     await world.settle()
 
 
+async def crowded(world: World) -> None:
+    """Half of the gang finds room, twice; then fewer workers do, and a node that failed twice is left out."""
+    world.job["spec"]["distribution"] = {"workers": 4, "minWorkers": 2}
+    world.set_policy(preRunningDeadlineSeconds=500)
+    await world.settle()
+    world.prepared()
+    await world.settle()
+    for number, seconds, pause in ((0, 300, 20), (1, 200, 0)):
+        world.place(f"support-bot-{number}", 2)
+        await world.settle()
+        world.later(seconds)
+        await world.settle()
+        world.sweep(f"support-bot-{number}")
+        await world.settle()
+        world.later(pause)
+        await world.settle()
+    for number in (2, 3):
+        world.run(f"support-bot-{number}")
+        await world.settle()
+        world.fail(f"support-bot-{number}", Reason.NODE_LOST)
+        await world.settle()
+        world.later(60)
+        await world.settle()
+    world.run("support-bot-4")
+    await world.settle()
+    world.complete("support-bot-4")
+    await world.settle()
+
+
+async def often_preempted(world: World) -> None:
+    await world.settle()
+    world.prepared()
+    await world.settle()
+    for number in range(5):
+        world.run(f"support-bot-{number}")
+        await world.settle()
+        world.fail(f"support-bot-{number}", Reason.PREEMPTED)
+        await world.settle()
+
+
 def outcome(world: World) -> object:
     attempts = [(a.number, a.job, a.outcome, a.reason) for a in world.status.attempts]
     return world.state, attempts, world.names("Job"), world.names("Service"), world.names("ConfigMap"), world.gone
 
 
-@pytest.mark.parametrize("story", [smooth, stony, hopeless])
+@pytest.mark.parametrize("story", [smooth, stony, hopeless, crowded, often_preempted])
 async def test_a_crash_after_any_write_leads_to_the_same_end(story: Story) -> None:
     straight = World(make_job().build())
     await story(straight)

@@ -90,7 +90,7 @@ async def test_a_node_that_does_not_answer_costs_an_attempt() -> None:
     await world.settle()
     [attempt] = world.status.attempts
     assert (attempt.outcome, attempt.reason, attempt.node) == ("Retryable", "NodeLost", "node-0")
-    assert world.deleted == ["Job/support-bot-0"]
+    assert world.deleted_jobs == ["Job/support-bot-0"]
     world.later(60)
     await world.settle()
     assert "support-bot-1" in world.names("Job")

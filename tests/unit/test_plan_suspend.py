@@ -25,7 +25,7 @@ async def test_suspending_stops_the_gang_and_resuming_goes_on_with_the_next_numb
     await world.settle()
     [attempt] = world.status.attempts
     assert (world.state, attempt.outcome, attempt.uid) == ("Suspended", "Preempted", uid)
-    assert world.deleted == ["Job/support-bot-0"]
+    assert world.deleted_jobs == ["Job/support-bot-0"]
     world.set_policy(suspend=False)
     await world.settle()
     assert world.names("Job") == ["support-bot-prepare"], "its pods still write their checkpoint"
@@ -76,7 +76,7 @@ async def test_a_stop_that_was_cut_short_is_finished_after_the_resume() -> None:
         await world.reconcile()
     world.set_policy(suspend=False)
     await world.settle()
-    assert world.deleted == ["Job/support-bot-0"]
+    assert world.deleted_jobs == ["Job/support-bot-0"]
     world.sweep("support-bot-0")
     await world.settle()
     assert world.names("Job") == ["support-bot-1", "support-bot-prepare"]

@@ -51,6 +51,28 @@ def make_pod(node: str = "", requests: Obj | None = None, **spec: Any) -> Obj:
     return {"metadata": {"name": "p"}, "spec": {"nodeName": node, "containers": [container]} | spec, "status": {}}
 
 
+def requiring(kind: str, key: str, operator: str, *values: str) -> Obj:
+    """A pod with one requirement on its node."""
+    rule = {"key": key, "operator": operator} | ({"values": list(values)} if values else {})
+    terms = {"nodeSelectorTerms": [{kind: [rule]}]}
+    return make_pod(affinity={"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": terms}})
+
+
+@pytest.mark.parametrize(
+    ("pod", "node"),
+    [
+        (requiring("matchFields", "metadata.name", "NotIn", "n1"), "n2"),
+        (requiring("matchFields", "metadata.name", "In", "n1"), "n1"),
+        (requiring("matchExpressions", "a", "In", "b", "c"), "n2"),
+        (requiring("matchExpressions", "a", "NotIn", "c"), "n1"),
+        (requiring("matchExpressions", "a", "Exists"), "n2"),
+        (requiring("matchExpressions", "a", "DoesNotExist"), "n1"),
+    ],
+)
+def test_node_affinity(pod: Obj, node: str) -> None:
+    assert decide(pod, [make_node("n1"), make_node("n2", labels={"a": "c"})], {}).node == node
+
+
 def test_requests_are_the_sum_of_containers_or_the_largest_init_container() -> None:
     pod = make_pod(requests={"cpu": "1"})
     pod["spec"]["containers"].append({"name": "b", "resources": {"limits": {"cpu": "500m", GPU: 1}}})
@@ -78,10 +100,14 @@ TAINT = {"key": "gpu", "value": "yes", "effect": "NoSchedule"}
         (make_pod(tolerations=[{"key": "gpu", "value": "no"}]), make_node(taints=[TAINT]), "1 node(s) had untolerated"),
         (make_pod(nodeSelector={"a": "b"}), make_node(labels={"a": "b"}), ""),
         (make_pod(nodeSelector={"a": "b"}), make_node(), "1 node(s) didn't match Pod's node affinity/selector"),
+        (requiring("matchFields", "metadata.name", "NotIn", "n1"), make_node(), "1 node(s) didn't match Pod's node"),
+        (requiring("matchExpressions", "a", "In", "b"), make_node(labels={"a": "c"}), "1 node(s) didn't match Pod's"),
+        (requiring("matchExpressions", "a", "Exists"), make_node(), "1 node(s) didn't match Pod's node"),
+        (requiring("matchExpressions", "a", "Gt", "1"), make_node(), "required nodeAffinity by Gt or Lt is not supp"),
         (
             make_pod(affinity={"podAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": []}}),
             make_node(),
-            "required affinity is not supported",
+            "required affinity to pods is not supported",
         ),
     ],
 )

@@ -1,5 +1,6 @@
 """What happens at each step besides learning: random numbers, agreement of the ranks, logs and figures."""
 
+import os
 import signal
 from collections.abc import Callable
 from types import FrameType
@@ -10,12 +11,13 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune_api.failures import FineTuneError, Reason
-from finetune_trainer import log
+from finetune_trainer import heartbeat, log
 from finetune_trainer.batches import Plan
 from finetune_trainer.control import Control
 from finetune_trainer.distributed import Ranks
 from finetune_trainer.journal import Journal
 from finetune_trainer.report import Reporter
+from finetune_trainer.stragglers import WINDOW, Clock, Stragglers
 
 FIGURES = (
     "loss",
@@ -74,10 +76,14 @@ class Steering(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._ready()
 
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        heartbeat.begin()
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         last = state.global_step >= state.max_steps
         due = self._ranks.is_main and not last and self._due(state.global_step)
         stop, save = self._ranks.any([self._signals.received, due])
+        heartbeat.step(state.global_step)
         if stop and not last:
             self.stopped = control.should_training_stop = True
         # Who is asked to end saves at once; what is due then is evaluated when the run is resumed.
@@ -87,6 +93,31 @@ class Steering(TrainerCallback):  # type: ignore[misc]
             control.should_log = True
         control.should_evaluate = evaluate
         control.should_save = save or last or self.stopped
+
+
+class Slowness(TrainerCallback):  # type: ignore[misc]
+    """Tells of ranks that are steadily slower than the others: to the log and the status. Collective."""
+
+    def __init__(self, clock: Clock, ranks: Ranks, reporter: Reporter) -> None:
+        self._clock, self._ranks, self._reporter = clock, ranks, reporter
+        self._stragglers = Stragglers()
+        self._told: set[int] = set()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self._ranks.world_size == 1 or state.global_step % WINDOW:
+            return
+        self._stragglers.window(self._ranks.each(self._clock.take()))
+        factors = self._stragglers.factors
+        node = os.environ.get("FINETUNE_NODE_NAME", "unknown")
+        said = [
+            f"rank {rank} on node {self._ranks.from_rank(rank, node)} is steadily slow: its forward passes take "
+            f"{factor:.1f} times as long as the others'"
+            for rank, factor in sorted(factors.items())
+        ]
+        if self._ranks.is_main and factors.keys() - self._told:
+            log.event("slow rank", level="warning", step=state.global_step, message="; ".join(said))
+        self._told = set(factors)
+        self._reporter.warn("slow rank", "; ".join(said))
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]

@@ -1,44 +1,33 @@
 """Checkpoints in the job's scratch prefix: `checkpoints/[<stage>/]step-00000200/…`, the manifest last.
 
-Saving stops training for as long as it takes to copy the trained state to a local file; the upload goes on beside it.
-Resuming takes the newest one whose manifest and files verify and whose spec is this job's; what is torn is named and
-skipped.
+Saving stops training for as long as it takes to copy the trained state to shared memory; another process makes files
+of it, hashes them and uploads them (see `uploader`). Resuming takes the newest one whose manifest and files verify and
+whose spec is this job's; what is torn is named and skipped.
 """
 
-import re
+import collections
+import itertools
 import shutil
-import threading
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from finetune_api.failures import FineTuneError, Reason
 from finetune_api.manifest import MANIFEST_KEY
-from finetune_trainer import log, state
+from finetune_trainer import log, state, uploader
 from finetune_trainer.distributed import Ranks
-from finetune_trainer.publish import fetch_verified, now, publish, read_manifest
-from finetune_trainer.storage import Store, join
+from finetune_trainer.handover import Handover
+from finetune_trainer.publish import fetch_verified, read_manifest
+from finetune_trainer.snapshot import Snapshot
+from finetune_trainer.steps import name_of
+from finetune_trainer.storage import Store
+from finetune_trainer.uploader import Place, Request
 from finetune_trainer.workdir import WorkDir
 
-_STEP = re.compile(r"/checkpoints/(?:[^/]+/)?step-(\d{8})/([^/]+)$")
 _PASSING = (Reason.STORAGE_UNAVAILABLE, Reason.STORAGE_DENIED)
-
-
-def name_of(step: int) -> str:
-    return f"step-{step:08d}"
-
-
-def complete_steps(uris: Iterable[str]) -> list[int]:
-    """The steps whose manifest is there, newest first; without one there is no checkpoint, whatever else is there."""
-    found = (_STEP.search(uri) for uri in uris)
-    return sorted({int(m[1]) for m in found if m and m[2] == MANIFEST_KEY}, reverse=True)
-
-
-def superfluous(complete: Iterable[int], saved: int, keep: int, held: Collection[int] = ()) -> list[int]:
-    """What may go once `saved` is complete: all but the `keep` newest up to it, never `saved` itself nor those held."""
-    older = sorted((step for step in complete if step < saved), reverse=True)
-    return [step for step in older[max(0, keep - 1) :] if step not in held]
 
 
 class Resumed(NamedTuple):
@@ -51,18 +40,19 @@ class Checkpoints:
     def __init__(
         self, store: Store, scratch_uri: str, work: WorkDir, spec_sha256: str, ranks: Ranks, keep: int
     ) -> None:
-        self._store, self._scratch, self._work = store, scratch_uri, work
-        self._prefix = join(scratch_uri, f"checkpoints/{work.stage}/" if work.stage else "checkpoints/")
+        self._store, self._work, self._place = store, work, Place.of(scratch_uri, work.stage)
         self._spec_sha256, self._ranks, self._keep = spec_sha256, ranks, keep
-        self._upload: threading.Thread | None = None
+        self._snapshot: Snapshot | None = None
+        self._handover: Handover | None = None
         self.on_uploaded: Callable[[str, int], None] = lambda uri, step: None
         """Called with the URI and step of each checkpoint that is complete, from another thread."""
-
+        self.on_trouble: Callable[[str], None] = lambda message: None
+        """Called with what became of a checkpoint that cannot be used or stored; empty: one was stored again."""
         self.leans_on: Callable[[state.SavedState], int | None] = lambda saved: None
         """The step of another checkpoint without which this one is worth nothing."""
 
     def uri(self, step: int) -> str:
-        return f"{self._prefix}{name_of(step)}/"
+        return self._place.uri(step)
 
     # Resuming
 
@@ -95,7 +85,7 @@ class Checkpoints:
         return Resumed(state.read(directory), directory)
 
     def _complete(self) -> list[int]:
-        return complete_steps(item.uri for item in self._store.list(self._prefix))
+        return uploader.complete(self._store, self._place)
 
     def _choose(self) -> int | None:
         complete = self._complete()
@@ -114,6 +104,7 @@ class Checkpoints:
                 if isinstance(error, FineTuneError) and error.reason in _PASSING:
                     raise
                 log.event("checkpoint skipped", level="warning", uri=self.uri(step), why=str(error))
+                self.on_trouble(f"the checkpoint of step {step} was skipped: {error}")
                 continue
             log.event("checkpoint found", uri=self.uri(step), step=step)
             return step
@@ -128,74 +119,82 @@ class Checkpoints:
 
     # Saving
 
+    def prepare(self, trainer: Any) -> None:
+        """Once the model is wrapped: makes room for what is saved, and starts the process that stores it."""
+        if self._ranks.is_main:
+            self._snapshot = Snapshot(state.shapes(trainer), [state.STATE])
+            self._handover = Handover(self._work, self._ranks.world_size)
+            self._handover.on_stored = self._stored
+            self._handover.on_failed = lambda step, why: self.on_trouble(
+                f"the checkpoint of step {step} could not be stored: {why}"
+            )
+            self._handover.give(self._snapshot)
+
     def save(self, trainer: Any, saved: Callable[[int], state.SavedState], held: Collection[int] = ()) -> float:
         """Collective. `saved` makes the JSON part from Adam's count; `held`: steps that are kept however old they are.
 
         Returns the seconds that training stood still.
         """
         started = time.monotonic()
-        parameters, moments, count = state.capture(trainer)
-        if any(not bool(value.isfinite().all()) for value in parameters.values()):
+        finite = self._capture(trainer)
+        if not self._ranks.from_main(finite):
             raise FineTuneError(
                 Reason.DIVERGED, f"the trained weights are not numbers at step {trainer.state.global_step}"
             )
-        if self._ranks.is_main:
-            self.wait()
-            whole = saved(count)
-            directory = self._work.checkpoints / name_of(whole.step)
-            shutil.rmtree(directory, ignore_errors=True)
-            state.write(directory, parameters, moments, whole)
-            self._upload = threading.Thread(
-                target=self._send, args=(whole.step, directory, held), name="checkpoint", daemon=True
+        if self._snapshot and self._handover:
+            whole = saved(state.adam_steps(trainer))
+            self._snapshot.write(state.STATE, whole.model_dump_json())
+            self._handover.send(
+                Request(step=whole.step, spec_sha256=self._spec_sha256, keep=self._keep, held=sorted(held))
             )
-            self._upload.start()
         return time.monotonic() - started
+
+    def _capture(self, trainer: Any) -> bool:
+        """Into rank 0's snapshot; whether the trained parameters are numbers, which rank 0 alone knows."""
+        if self._snapshot is None or self._handover is None:
+            if trainer.is_deepspeed_enabled:
+                # Each is gathered on all ranks; none is kept.
+                collections.deque(itertools.chain(state.parameters(trainer), state.moments(trainer)), maxlen=0)
+            return True
+        self._handover.wait_free()
+        total = torch.zeros((), dtype=torch.float64)
+        for name, value in state.parameters(trainer):
+            self._snapshot.put(name, value)
+            # One sum is a number where all of its terms are, and takes no room.
+            total = total.to(value.device) + value.sum(dtype=torch.float32)
+        for name, value in state.moments(trainer):
+            self._snapshot.put(name, value)
+        self._snapshot.finish()
+        return bool(total.isfinite())
 
     @property
     def uploading(self) -> bool:
-        return self._upload is not None and self._upload.is_alive()
+        return self._handover is not None and self._handover.busy
+
+    def check(self) -> None:
+        """Raises where checkpoints can no longer be stored, and training on would be for nothing. On rank 0."""
+        if self._handover:
+            self._handover.check()
+
+    def trouble(self, step: int) -> str:
+        """Why the checkpoint of this step could not be stored; empty where it was. On rank 0, after `wait`."""
+        return self._handover.failure(step) if self._handover else ""
 
     def wait(self) -> None:
-        """Until the last upload has ended, well or not."""
-        if self._upload is not None:
-            self._upload.join()
+        """Until what was saved has been stored, well or not."""
+        if self._handover:
+            self._handover.wait()
+
+    def close(self) -> None:
+        """Nothing more is saved."""
+        if self._handover:
+            self._handover.close()
 
     def remove(self) -> None:
         """All of them: there is something better to start from."""
-        steps = complete_steps(item.uri for item in self._store.list(self._prefix))
-        self._remove(steps)
-        self._store.delete_prefix(self._prefix, self._scratch)
+        uploader.remove(self._store, self._place, self._complete())
+        self._store.delete_prefix(self._place.prefix, self._place.scratch)
 
-    def _remove(self, steps: Iterable[int]) -> None:
-        for step in steps:
-            # The manifest goes first: half a checkpoint is none.
-            self._store.delete(self.uri(step) + MANIFEST_KEY)
-            self._store.delete_prefix(self.uri(step), self._scratch)
-
-    def _send(self, step: int, directory: Path, held: Collection[int]) -> None:
-        """Failing costs a checkpoint, not the training: it is logged, and the next one tries again."""
-        started = time.monotonic()
-        try:
-            # An earlier attempt may have left this step half-written, or written and since found torn.
-            self._store.delete_prefix(self.uri(step), self._scratch)
-            done = publish(
-                self._store,
-                directory,
-                self.uri(step),
-                kind="Checkpoint",
-                step=step,
-                created_time=now(),
-                world_size=self._ranks.world_size,
-                spec_sha256=self._spec_sha256,
-            )
-            seconds = round(time.monotonic() - started, 2)
-            log.event("checkpoint saved", uri=self.uri(step), step=step, bytes=done.size, seconds=seconds)
-            self.on_uploaded(self.uri(step), step)
-            self._prune(step, held)
-        except FineTuneError as error:
-            log.event("checkpoint failed", level="error", step=step, why=str(error))
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
-
-    def _prune(self, saved: int, held: Collection[int]) -> None:
-        self._remove(superfluous(self._complete(), saved, self._keep, held))
+    def _stored(self, step: int) -> None:
+        self.on_uploaded(self.uri(step), step)
+        self.on_trouble("")

@@ -53,15 +53,25 @@ class Ranks:
         dist.all_reduce(tensor, group=self.control)
         return [float(value) for value in tensor.tolist()]
 
+    def each(self, value: float) -> list[float]:
+        """Every rank's value, by rank."""
+        found = [torch.zeros(1, dtype=torch.float64) for _ in range(self.world_size)]
+        dist.all_gather(found, torch.tensor([value], dtype=torch.float64), group=self.control)
+        return [float(tensor) for tensor in found]
+
     def from_main(self, value: Any) -> Any:
         """Rank 0's JSON value on every rank; what the others pass is ignored."""
-        data = json.dumps(value).encode() if self.is_main else b""
+        return self.from_rank(0, value)
+
+    def from_rank(self, rank: int, value: Any) -> Any:
+        """As `from_main`, of another rank."""
+        data = json.dumps(value).encode() if self.rank == rank else b""
         size = torch.tensor([len(data)], dtype=torch.int64)
-        dist.broadcast(size, src=0, group=self.control)
+        dist.broadcast(size, src=rank, group=self.control)
         buffer = (
             torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(int(size), dtype=torch.uint8)
         )
-        dist.broadcast(buffer, src=0, group=self.control)
+        dist.broadcast(buffer, src=rank, group=self.control)
         return json.loads(bytes(buffer.tolist()))
 
     def barrier(self) -> None:

@@ -20,18 +20,24 @@ from typing import NamedTuple
 from finetune_api.failures import EXIT_CODES, FineTuneError, Reason, TerminationMessage
 from finetune_api.run import RunConfig
 from finetune_trainer import log
+from finetune_trainer.hangs import Deadlines, Watch
 from finetune_trainer.outcome import read_outcome
 from finetune_trainer.supervise import Child, Supervisor
 from finetune_trainer.termination import run
+from finetune_trainer.underway import at_work
 from finetune_trainer.verdict import RankEnd, judge
 from finetune_trainer.workdir import WorkDir
 
+PULLING = "the download of the base model and the data"
 PULL = (sys.executable, "-m", "finetune_trainer.pull")
 TRAIN = (sys.executable, "-m", "finetune_trainer.train")
+DEADLINES = Deadlines()
 PEER_GRACE = 10.0
 """Seconds that ranks get to fail by themselves, and to say why, after the first has failed."""
 PATIENCE = 10.0
 """Seconds that a pod whose ranks only lost contact waits for the pod of the rank that failed to end first."""
+UPLOAD_GRACE = 8.0
+"""Seconds that a checkpoint gets to be stored after the ranks have failed."""
 RESOLVE_SECONDS = 300.0
 """How long pod 0's name may take to appear in DNS: its pod may still be pulling its image."""
 
@@ -49,6 +55,10 @@ class Layout(NamedTuple):
     @property
     def first_rank(self) -> int:
         return self.worker * self.processes
+
+    @property
+    def ranks(self) -> range:
+        return range(self.first_rank, self.first_rank + self.processes)
 
     def environment(self, local_rank: int) -> dict[str, str]:
         """What torch and accelerate read to find each other; OMP_NUM_THREADS is this rank's share of the cores."""
@@ -109,6 +119,7 @@ def launch(
     train: Sequence[str] = TRAIN,
     grace: float = PEER_GRACE,
     cgroup: Path = Path("/sys/fs/cgroup"),
+    deadlines: Deadlines = DEADLINES,
 ) -> TerminationMessage:
     """Runs this pod's part of the gang and returns how it ended. `grace` is in seconds."""
     work = WorkDir.from_env()
@@ -118,14 +129,16 @@ def launch(
     stop_grace = config.grace_seconds - min(10.0, 0.2 * config.grace_seconds)
     killed_before = oom_kills(cgroup)
     with Supervisor() as supervisor:
+        watched = Watched(supervisor, deadlines, {PULLING: work.heartbeat("pull")})
         puller = supervisor.start("", pull, os.environ)
-        supervisor.run(grace, min(5.0, stop_grace), ())
+        if hung := watched.run(grace, min(5.0, stop_grace), {PULLING: puller}):
+            return hung
         if supervisor.stopped_at is not None:
             raise FineTuneError(Reason.PREEMPTED, "the pod was asked to end before training began")
         if puller.code != 0:
             end = _end(work.outcomes / "pull.json", -1, puller)
             message = judge([end], None, oom_kills(cgroup) > killed_before)
-            text = message.message.replace("rank -1", "the download of the base model and the data")
+            text = message.message.replace("rank -1", PULLING)
             return message.model_copy(update={"rank": None, "message": text})
         layout = _layout(config, supervisor, os.environ)
         stages = [stage.name for stage in config.spec.stages] or [""]
@@ -138,15 +151,56 @@ def launch(
                 **({"stage": stages[number]} if stages[number] else {}),
             )
             _forget_outcomes(work)
-            ranks = [_start(supervisor, layout, number, local, train) for local in range(layout.processes)]
-            supervisor.run(grace, stop_grace, (EXIT_CODES[Reason.PREEMPTED],))
-            ends = [_end(work.outcome(rank), rank, child) for rank, child in enumerate(ranks, layout.first_rank)]
-            message = judge(ends, supervisor.stopped_at, oom_kills(cgroup) > killed_before)
+            watched = Watched(supervisor, deadlines, {f"rank {r}": work.heartbeat(f"rank-{r}") for r in layout.ranks})
+            ranks = {f"rank {r}": _start(supervisor, layout, number, r, train) for r in layout.ranks}
+            hung = watched.run(grace, stop_grace, ranks, (EXIT_CODES[Reason.PREEMPTED],))
+            ends = [_end(work.outcome(r), r, child) for r, child in zip(layout.ranks, ranks.values(), strict=True)]
+            message = hung or judge(ends, supervisor.stopped_at, oom_kills(cgroup) > killed_before)
             if message.reason is not None:
                 break
+        if message.reason is not None:
+            _let_uploads_end(supervisor, work, stop_grace if supervisor.stopped_at else UPLOAD_GRACE)
         if message.victim:
             _let_the_cause_speak(supervisor)
         return message
+
+
+class Watched:
+    """A run of processes, given by name, that is ended where one of them hangs."""
+
+    def __init__(self, supervisor: Supervisor, deadlines: Deadlines, heartbeats: Mapping[str, Path]) -> None:
+        """Before they are started."""
+        self._supervisor, self._watch = supervisor, Watch(heartbeats, deadlines)
+
+    def run(
+        self, grace: float, stop_grace: float, children: Mapping[str, Child], patient_codes: Sequence[int] = ()
+    ) -> TerminationMessage | None:
+        """What hung, if anything did; all have ended."""
+
+        def alive() -> list[str]:
+            return [name for name, child in children.items() if child.code is None]
+
+        if not self._supervisor.run(grace, stop_grace, patient_codes, lambda: self._watch.late(alive())):
+            return None
+        hung = self._watch.explain(alive(), os.environ.get("FINETUNE_NODE_NAME", ""))
+        self._supervisor.kill()
+        self._supervisor.run(0.0, 0.0)
+        rank = int(hung.name.removeprefix("rank ")) if hung.name.startswith("rank ") else None
+        return TerminationMessage(
+            reason=Reason.HUNG,
+            message=hung.message[:2048],
+            rank=rank,
+            exit_code=EXIT_CODES[Reason.HUNG],
+            step=hung.step,
+            victim=hung.waits,
+        )
+
+
+def _let_uploads_end(supervisor: Supervisor, work: WorkDir, seconds: float) -> None:
+    """A checkpoint that was on its way when its rank ended is whole: so much less is lost."""
+    deadline = time.monotonic() + seconds - (time.time() - supervisor.stopped_at if supervisor.stopped_at else 0.0)
+    while at_work(work) and (left := deadline - time.monotonic()) > 0:
+        supervisor.step(min(0.1, left))
 
 
 def _let_the_cause_speak(supervisor: Supervisor) -> None:
@@ -187,13 +241,12 @@ def _finished(work: WorkDir) -> int:
         return 0
 
 
-def _start(supervisor: Supervisor, layout: Layout, stage: int, local: int, command: Sequence[str]) -> Child:
-    own = layout.environment(local) | {"FINETUNE_STAGE": str(stage)}
+def _start(supervisor: Supervisor, layout: Layout, stage: int, rank: int, command: Sequence[str]) -> Child:
+    own = layout.environment(rank - layout.first_rank) | {"FINETUNE_STAGE": str(stage)}
     # A stage's ranks must not meet the store of the stage before.
     own["MASTER_PORT"] = str(int(layout.master_port) + stage)
     if threads := os.environ.get("OMP_NUM_THREADS"):
         own["OMP_NUM_THREADS"] = threads
-    rank = layout.first_rank + local
     return supervisor.start(f"rank {rank}" if rank else "", command, os.environ | own)
 
 

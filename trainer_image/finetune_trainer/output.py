@@ -11,8 +11,8 @@ import torch
 from finetune_api.failures import TrainingResult
 from finetune_api.manifest import RunInfo
 from finetune_trainer import card, htmlreport, log, save
-from finetune_trainer.checkpoint import name_of
 from finetune_trainer.facts import Evidence, Facts
+from finetune_trainer.fence import Fence
 from finetune_trainer.journal import Journal
 from finetune_trainer.model import Task
 from finetune_trainer.publish import now, publish
@@ -20,6 +20,7 @@ from finetune_trainer.report import Reporter
 from finetune_trainer.results import RECORD, Record, StageEnd, publish_result, read_record
 from finetune_trainer.start import StageRun
 from finetune_trainer.state import Tensors
+from finetune_trainer.steps import name_of
 from finetune_trainer.storage import Store, join
 from finetune_trainer.storage_errors import ObjectMissing
 
@@ -75,6 +76,7 @@ def publish_sound(run: StageRun, store: Store, trained: Trained, step: int) -> s
     start from it. Returns how, in words."""
     kind = save_output(run, trained)
     uri = join(run.job.scratch_uri, f"good/{run.stage.name or 'job'}/{name_of(step)}/")
+    Fence.check_own(store, run.job)
     store.delete_prefix(uri, run.job.scratch_uri)
     publish(store, run.work.output, uri, kind=kind, step=step, created_time=now())
     field = "baseModel.adapterUri" if kind == "Adapter" else "baseModel.uri"
@@ -119,9 +121,11 @@ def publish_output(
     )
     reporter.phase("Publishing")
     uri = f"{config.output_uri.rstrip('/')}/{attempt_uid}/"
-    done = publish(store, output, uri, kind=kind, step=journal.published_step, created_time=now(), run=info)
-    log.event("published", uri=uri, bytes=done.size, manifest_sha256=done.manifest_sha256)
-    return TrainingResult(uri=uri, manifest_sha256=done.manifest_sha256, size_bytes=done.size, metrics=metrics)
+    fence = Fence.of(store, run.job)
+    step, commit = journal.published_step, fence.commit if fence else None
+    done = publish(store, output, uri, kind=kind, step=step, created_time=now(), run=info, commit=commit)
+    log.event("published", uri=done.uri, bytes=done.size, manifest_sha256=done.manifest_sha256)
+    return TrainingResult(uri=done.uri, manifest_sha256=done.manifest_sha256, size_bytes=done.size, metrics=metrics)
 
 
 def data_reports(run: StageRun, store: Store) -> dict[str, Any]:

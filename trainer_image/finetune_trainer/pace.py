@@ -11,16 +11,19 @@ FIRST_SECONDS = 60.0
 """Before a first checkpoint has shown what one costs."""
 
 
-def auto_seconds(cost: float, workers: int) -> float:
-    """The interval that loses the least (Young 1974): sqrt(2 · cost · MTBF); `cost`: seconds training stands still."""
-    return max(LEAST_SECONDS, math.sqrt(2 * cost * MTBF_SECONDS / workers))
+def auto_seconds(cost: float, workers: int, failures: int = 0) -> float:
+    """The interval that loses the least (Young 1974): sqrt(2 · cost · MTBF); `cost`: seconds training stands still.
+
+    Each of the `failures` that this gang has had shows that it lasts less long than was assumed.
+    """
+    return max(LEAST_SECONDS, math.sqrt(2 * cost * MTBF_SECONDS / workers / (1 + failures)))
 
 
 class Pace:
     """`started` once, `due` at each step, `saved` after each checkpoint; times are monotonic seconds."""
 
-    def __init__(self, interval: CheckpointInterval, workers: int) -> None:
-        self._interval, self._workers = interval, workers
+    def __init__(self, interval: CheckpointInterval, workers: int, failures: int = 0) -> None:
+        self._interval, self._workers, self._failures = interval, workers, failures
         self._step, self._time = 0, 0.0
         self._cost: float | None = None
 
@@ -38,5 +41,5 @@ class Pace:
         if self._interval.type == "Seconds":
             assert self._interval.seconds
             return now - self._time >= self._interval.seconds
-        wait = FIRST_SECONDS if self._cost is None else auto_seconds(self._cost, self._workers)
+        wait = FIRST_SECONDS if self._cost is None else auto_seconds(self._cost, self._workers, self._failures)
         return now - self._time >= wait

@@ -20,7 +20,7 @@ from finetune_api.job import FineTuneJobSpec
 from finetune_api.manifest import FileEntry
 from finetune_api.run import Outline, PinnedObject, PreparedData, PreparedSummary, RunConfig, Shard, Split, StageSummary
 from finetune_api.stages import STAGE_URI, EffectiveStage, effective
-from finetune_trainer import log
+from finetune_trainer import log, preflight
 from finetune_trainer.data.adapter import inspect_adapter
 from finetune_trainer.data.basemodel import BaseModel, digest, for_tuning, inspect
 from finetune_trainer.data.pipeline import Pipeline
@@ -66,11 +66,12 @@ def prepare(config: RunConfig) -> TerminationMessage:
     data_uri = join(config.scratch_uri, "data")
     folder = WorkDir.from_env().root / "prepare"
     with Store(config.storage) as store:
+        preflight.check_access(store, config)
         uid = os.environ.get("FINETUNE_POD_UID") or config.job_uid
         probe(store, config.output_uri, uid, "spec.output.uri")
-        probe(
-            store, config.scratch_uri, uid, "spec.checkpoint.uri" if config.spec.checkpoint.uri else "spec.output.uri"
-        )
+        scratch = "spec.checkpoint.uri" if config.spec.checkpoint.uri else "spec.output.uri"
+        conditional = probe(store, config.scratch_uri, uid, scratch)
+        preflight.check_owner(store, config)
         model = inspect(store, config.spec)
         log.event("base model inspected", architecture=model.shape.architecture, parameters=model.shape.parameters)
         stages = effective(config.spec)
@@ -80,7 +81,8 @@ def prepare(config: RunConfig) -> TerminationMessage:
     if config.spec.stages:
         parts = [_stage_summary(stage, done.get(stage.name), model) for stage in stages]
         summary = summary.model_copy(update={"stages": parts})
-    return TerminationMessage(prepared=summary.model_copy(update={"message": worst(reports)}))
+    said = {"message": worst(reports), "conditional_writes": conditional}
+    return TerminationMessage(prepared=summary.model_copy(update=said))
 
 
 def _prepare_all(
@@ -158,6 +160,7 @@ def _prepare_stage(
     for source in found:
         pipeline.run(source)
     pipeline.close()
+    seeds.close()
     _check_enough(config, pipeline)
     check_rewards(store, config.spec.method, model.encoder.tokenizer, data_uri, pipeline.shards)
     classes = pipeline.classes()

@@ -24,6 +24,7 @@ class Published(NamedTuple):
     manifest_sha256: str
     size: int
     """Bytes of all files, the manifest included."""
+    uri: str = ""
 
 
 def now() -> str:
@@ -43,11 +44,12 @@ def publish(
     world_size: int | None = None,
     spec_sha256: str | None = None,
     on_bytes: Callable[[int], None] | None = None,
+    commit: "Commit | None" = None,
 ) -> Published:
     """Publishes every file below `directory` under `uri`, `manifest.json` last with If-None-Match.
 
     Where a manifest with the same files is there already nothing is written (an answer that was lost); AlreadyExists
-    where it names others.
+    where it names others. `commit` writes the manifest in another way.
     """
     paths = sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / MANIFEST_KEY)
     if not paths:
@@ -73,7 +75,7 @@ def publish(
         world_size=world_size,
         spec_sha256=spec_sha256,
     )
-    return put_manifest(store, manifest, uri)
+    return put_manifest(store, manifest, uri, commit)
 
 
 def _earlier(store: Store, directory: Path, paths: list[Path], uri: str) -> Published | None:
@@ -85,22 +87,40 @@ def _earlier(store: Store, directory: Path, paths: list[Path], uri: str) -> Publ
     here = {path.relative_to(directory).as_posix(): sha256_of(path) for path in paths}
     if {entry.key: entry.sha256 for entry in manifest.files} != here:
         raise AlreadyExists(Reason.STORAGE_DENIED, f"cannot publish to {uri}: other files are published there already")
-    return _published(manifest, data)
+    return published(data, uri)
 
 
-def put_manifest(store: Store, manifest: Manifest, uri: str) -> Published:
+def put_manifest(store: Store, manifest: Manifest, uri: str, commit: "Commit | None" = None) -> Published:
     """Makes files that are there already one thing: their sizes are checked, then the manifest is written."""
     pins = store.pin_all([join(uri, entry.key) for entry in manifest.files])
     for found, entry in zip(pins, manifest.files, strict=True):
         if found.size != entry.size:
             raise changed(found.uri, "publish", f"{found.size:,} bytes are there, {entry.size:,} were sent")
-    data = manifest.model_dump_json(by_alias=True, exclude_none=True, indent=1).encode()
-    store.put_if_absent(join(uri, MANIFEST_KEY), data)
-    return _published(manifest, data)
+    return (commit or _commit(store))(manifest, uri)
 
 
-def _published(manifest: Manifest, data: bytes) -> Published:
-    return Published(hashlib.sha256(data).hexdigest(), sum(entry.size for entry in manifest.files) + len(data))
+Commit = Callable[[Manifest, str], Published]
+"""Writes a manifest at a prefix, all of whose files are there."""
+
+
+def _commit(store: Store) -> Commit:
+    def commit(manifest: Manifest, uri: str) -> Published:
+        data = encode_manifest(manifest)
+        store.put_if_absent(join(uri, MANIFEST_KEY), data)
+        return published(data, uri)
+
+    return commit
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    return manifest.model_dump_json(by_alias=True, exclude_none=True, indent=1).encode()
+
+
+def published(data: bytes, uri: str) -> Published:
+    """By the bytes of its manifest."""
+    manifest = parse_manifest(data, join(uri, MANIFEST_KEY))
+    size = sum(entry.size for entry in manifest.files) + len(data)
+    return Published(hashlib.sha256(data).hexdigest(), size, uri)
 
 
 def read_manifest(store: Store, manifest_uri: str, sha256: str | None = None) -> Manifest:

@@ -15,7 +15,7 @@ from finetune_api.manifest import MANIFEST_KEY
 from finetune_api.run import PinnedObject, PreparedData, RunConfig
 from finetune_api.stage import Generate
 from finetune_api.stages import effective
-from finetune_trainer import log
+from finetune_trainer import heartbeat, log
 from finetune_trainer.outcome import guarded
 from finetune_trainer.publish import MANIFEST_LIMIT, parse_manifest
 from finetune_trainer.results import fetch_result, is_finished
@@ -145,12 +145,17 @@ def pull(config: RunConfig, work: WorkDir) -> None:
                 f"the work volume has {free:,} bytes free; the base model and the data need {total + decoded:,}",
             )
         progress = log.Progress("pull", total, "bytes")
+
+        def arrived(count: int) -> None:
+            heartbeat.beat()
+            progress.add(count)
+
         for field, files in models.items():
             try:
-                store.download_many(files, progress.add)
+                store.download_many(files, arrived)
             except (ObjectChanged, ObjectMissing) as error:
                 raise FineTuneError(Reason.MODEL_INVALID, f"{field}: {error}") from error
-        store.download_many(shards, progress.add)
+        store.download_many(shards, arrived)
         progress.close()
         for name, part in parts.items():
             _write_index(part, work.of_stage(name))
@@ -175,4 +180,6 @@ def _finished(store: Store, config: RunConfig, work: WorkDir) -> int:
 
 if __name__ == "__main__":
     place = WorkDir.from_env()
+    heartbeat.start(place.heartbeat("pull"))
+    heartbeat.enter("Pulling")
     sys.exit(guarded(lambda: pull(read_config(), place), place.outcomes / "pull.json"))

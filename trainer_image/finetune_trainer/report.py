@@ -17,12 +17,14 @@ from typing import Any
 
 from finetune_api.figures import foremost
 from finetune_api.progress import CheckpointStatus, Metric, Phase, ProgressReport, TrainerStatus
-from finetune_trainer import log
+from finetune_trainer import heartbeat, log
 
 MIN_SECONDS = 2.0
 TIMEOUT_SECONDS = 10.0
 MAX_METRICS, MAX_NAME = 64, 64
 """The bounds of status.trainerStatus.metrics; what is left out is of slices and datasets first."""
+MAX_WARNING = 253
+"""The bound of status.trainerStatus.warning."""
 MEANINGS = {
     403: "the token is not one of a pod of this job",
     404: "the job does not exist",
@@ -62,6 +64,7 @@ class Reporter:
         self._changed = threading.Condition()
         self._dirty = self._urgent = self._closing = False
         self._failures: set[str] = set()
+        self._warnings: dict[str, str] = {}
         self._thread = threading.Thread(target=self._run, name="report", daemon=True)
         if server:
             self._thread.start()
@@ -82,7 +85,8 @@ class Reporter:
             self._update(stage=name)
 
     def phase(self, phase: Phase) -> None:
-        """Sent at once: people wait for it."""
+        """Sent at once: people wait for it, and the launcher's deadlines go by it."""
+        heartbeat.enter(phase)
         if self._enabled:
             log.event("phase", phase=phase)
         self._update(urgent=True, phase=phase)
@@ -96,10 +100,13 @@ class Reporter:
             metrics=told(metrics),
         )
 
-    def warn(self, message: str) -> None:
-        """What goes wrong without ending the run; empty: nothing any more."""
-        if message != (self._status.warning or ""):
-            self._update(warning=message)
+    def warn(self, topic: str, message: str) -> None:
+        """What goes wrong without ending the run; empty: nothing any more. The newest of each topic is shown."""
+        with self._changed:
+            self._warnings[topic] = message
+            shown = "; ".join(filter(None, self._warnings.values()))
+        if shown != (self._status.warning or ""):
+            self._update(warning=shown if len(shown) <= MAX_WARNING else f"{shown[: MAX_WARNING - 1]}…")
 
     def checkpoint(self, uri: str, step: int) -> None:
         self._update(urgent=True, checkpoint=CheckpointStatus(uri=uri, step=step, time=_now()))

@@ -16,6 +16,7 @@ from finetune_api.manifest import MANIFEST_KEY, Manifest
 from finetune_api.run import RunConfig
 from finetune_api.stages import EffectiveStage
 from finetune_trainer import log
+from finetune_trainer.fence import Fence
 from finetune_trainer.publish import fetch_verified, now, publish, read_manifest
 from finetune_trainer.storage import Store, join
 from finetune_trainer.storage_errors import ObjectMissing
@@ -59,6 +60,7 @@ def publish_result(
 ) -> None:
     """Rank 0: every file of `directory`, which becomes `work.result` of the stage."""
     uri = result_uri(config, stage.name)
+    Fence.check_own(store, config)
     # An earlier attempt may have left half of it, or something that was found torn.
     store.delete_prefix(uri, config.scratch_uri)
     done = publish(

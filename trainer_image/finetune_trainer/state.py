@@ -1,21 +1,26 @@
 """The training state as plain tensors and JSON: the same files for DDP and every ZeRO stage, for any number of ranks.
 
     adapter.safetensors     the trained parameters, float32, by name
-    optimizer.safetensors   Adam's moments: `<name>|exp_avg`, `<name>|exp_avg_sq`
+    optimizer.safetensors   Adam's moments, float32: `<name>|exp_avg`, `<name>|exp_avg_sq`
     state.json              SavedState
+
+What is large is in parts, `adapter-00001-of-00003.safetensors` and so on, with an index as transformers writes it.
 
 Nothing is pickled. What else a run depends on, the order of the data and the random numbers of dropout, is a function
 of (seed, step, rank) and needs no saving.
 """
 
+import json
+from collections.abc import Iterator, KeysView
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
 
 from finetune_trainer.model import trained_parameters
+from finetune_trainer.snapshot import INDEX
 
 ADAPTER, OPTIMIZER, STATE = "adapter.safetensors", "optimizer.safetensors", "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -44,41 +49,60 @@ class SavedState(BaseModel):
     """float16 under DDP: the gradient scaler's state."""
 
 
-def capture(trainer: Any) -> tuple[Tensors, Tensors, int]:
-    """Trained parameters, Adam's moments (both on the CPU, whole) and Adam's count. Collective under ZeRO."""
-    named = trained_parameters(trainer.model)
+def shapes(trainer: Any) -> dict[str, dict[str, list[int]]]:
+    """By file, the names and shapes of what `parameters` and `moments` yield."""
+    own = {name: list(getattr(p, "ds_shape", p.shape)) for name, p in trained_parameters(trainer.model).items()}
+    return {ADAPTER: own, OPTIMIZER: {f"{name}|{key}": shape for name, shape in own.items() for key in MOMENTS}}
+
+
+def parameters(trainer: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The trained ones, whole, on whichever device. Collective under ZeRO: every rank takes them all."""
+    for name, parameter in trained_parameters(trainer.model).items():
+        yield name, _full_parameter(trainer, parameter)
+
+
+def moments(trainer: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Adam's, as `parameters`; zeros where it has not moved yet."""
+    count = adam_steps(trainer)
+    for name, parameter in trained_parameters(trainer.model).items():
+        for key in MOMENTS:
+            yield f"{name}|{key}", _full_moment(trainer, parameter, key, count)
+
+
+def adam_steps(trainer: Any) -> int:
+    """Adam's own count."""
     if trainer.is_deepspeed_enabled:
-        return _capture_zero(trainer.model_wrapped.optimizer, named)
-    optimizer = _adam(trainer)
-    parameters = {name: _cpu(parameter.data) for name, parameter in named.items()}
-    moments = {
-        f"{name}|{key}": _cpu(optimizer.state[parameter][key])
-        for name, parameter in named.items()
-        for key in MOMENTS
-        if parameter in optimizer.state
-    }
-    counts = [int(optimizer.state[p]["step"]) for p in named.values() if p in optimizer.state]
-    return parameters, moments, max(counts, default=0)
+        zero = trainer.model_wrapped.optimizer
+        states = [zero.optimizer.state.get(part, {}) for part in _partitions(zero)]
+    else:
+        optimizer = _adam(trainer)
+        states = [optimizer.state.get(p, {}) for p in trained_parameters(trainer.model).values()]
+    return max((int(state["step"]) for state in states if "step" in state), default=0)
+
+
+def on_cpu(trainer: Any) -> Tensors:
+    """The trained parameters, on every rank. Collective under ZeRO."""
+    return {name: _cpu(value) for name, value in parameters(trainer)}
 
 
 def restore(trainer: Any, directory: Path, saved: SavedState) -> None:
-    """Puts back what `write` wrote; after DDP or DeepSpeed have wrapped the model. Collective under ZeRO."""
+    """Puts back what a checkpoint holds; after DDP or DeepSpeed have wrapped the model. Collective under ZeRO."""
     named = trained_parameters(trainer.model)
-    parameters, moments = load_file(directory / ADAPTER), load_file(directory / OPTIMIZER)
-    if parameters.keys() != named.keys():
+    kept, adam = Stored(directory, ADAPTER), Stored(directory, OPTIMIZER)
+    if kept.names != named.keys():
         raise ValueError(
-            f"the checkpoint has {len(parameters)} trained tensors; this model has {len(named)}, of other names"
+            f"the checkpoint has {len(kept.names)} trained tensors; this model has {len(named)}, of other names"
         )
     if trainer.is_deepspeed_enabled:
-        _restore_zero(trainer.model_wrapped.optimizer, named, parameters, moments, saved.optimizer_step)
+        _restore_zero(trainer.model_wrapped.optimizer, named, kept, adam, saved.optimizer_step)
         scheduler = trainer.model_wrapped.lr_scheduler
     else:
         optimizer = _adam(trainer)
         for name, parameter in named.items():
-            parameter.data.copy_(parameters[name])
+            parameter.data.copy_(kept[name])
             if saved.optimizer_step:
                 optimizer.state[parameter] = _adam_state(
-                    optimizer, saved.optimizer_step, *(moments[f"{name}|{key}"].to(parameter.device) for key in MOMENTS)
+                    optimizer, saved.optimizer_step, *(adam[f"{name}|{key}"].to(parameter.device) for key in MOMENTS)
                 )
         scheduler = trainer.lr_scheduler
         if saved.loss_scale and trainer.accelerator.scaler is not None:
@@ -88,21 +112,41 @@ def restore(trainer: Any, directory: Path, saved: SavedState) -> None:
     scheduler.step()
 
 
-def write(directory: Path, parameters: Tensors, moments: Tensors, saved: SavedState) -> None:
-    directory.mkdir(parents=True)
-    save_file(parameters, directory / ADAPTER)
-    save_file(moments, directory / OPTIMIZER)
-    (directory / STATE).write_text(saved.model_dump_json())
-
-
 def read(directory: Path) -> SavedState:
     return SavedState.model_validate_json((directory / STATE).read_bytes())
 
 
 def parameters_of(directory: Path) -> Tensors:
-    """The trained parameters of what `write` wrote."""
-    found: Tensors = load_file(directory / ADAPTER)
-    return found
+    """The trained parameters of a checkpoint."""
+    stored = Stored(directory, ADAPTER)
+    return {name: stored[name] for name in stored.names}
+
+
+class Stored:
+    """The tensors of one file, or of its parts, read one by one."""
+
+    def __init__(self, directory: Path, name: str) -> None:
+        index = directory / (name + INDEX)
+        if index.exists():
+            files = {
+                key: directory / Path(part).name for key, part in json.loads(index.read_text())["weight_map"].items()
+            }
+        else:
+            with safe_open(directory / name, "pt") as file:
+                files = dict.fromkeys(file.keys(), directory / name)
+        self._files = files
+        self._open: dict[Path, Any] = {}
+
+    @property
+    def names(self) -> KeysView[str]:
+        return self._files.keys()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        path = self._files[name]
+        if path not in self._open:
+            self._open[path] = safe_open(path, "pt").__enter__()  # type: ignore[no-untyped-call]
+        found: torch.Tensor = self._open[path].get_tensor(name)
+        return found
 
 
 def loss_scale(trainer: Any) -> dict[str, float]:
@@ -110,24 +154,26 @@ def loss_scale(trainer: Any) -> dict[str, float]:
     return {} if scaler is None or trainer.is_deepspeed_enabled else dict(scaler.state_dict())
 
 
-def _capture_zero(zero: Any, named: dict[str, torch.nn.Parameter]) -> tuple[Tensors, Tensors, int]:
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+def _full_parameter(trainer: Any, parameter: torch.nn.Parameter) -> torch.Tensor:
+    if not trainer.is_deepspeed_enabled:
+        return parameter.data
+    from deepspeed.utils import safe_get_full_fp32_param
 
-    parameters = {name: _cpu(safe_get_full_fp32_param(parameter)) for name, parameter in named.items()}
-    states = [zero.optimizer.state.get(part, {}) for part in _partitions(zero)]
-    count = max((int(state["step"]) for state in states if "step" in state), default=0)
-    moments = {
-        f"{name}|{key}": _cpu(safe_get_full_optimizer_state(parameter, key))
-        for name, parameter in named.items()
-        for key in MOMENTS
-        if count
-    }
-    return parameters, moments, count
+    return cast(torch.Tensor, safe_get_full_fp32_param(parameter))
 
 
-def _restore_zero(
-    zero: Any, named: dict[str, torch.nn.Parameter], parameters: Tensors, moments: Tensors, count: int
-) -> None:
+def _full_moment(trainer: Any, parameter: torch.nn.Parameter, key: str, count: int) -> torch.Tensor:
+    if not trainer.is_deepspeed_enabled:
+        state = _adam(trainer).state.get(parameter, {})
+        return cast(torch.Tensor, state[key]) if key in state else torch.zeros_like(parameter)
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    if not count:
+        return torch.zeros(getattr(parameter, "ds_shape", parameter.shape))
+    return cast(torch.Tensor, safe_get_full_optimizer_state(parameter, key))
+
+
+def _restore_zero(zero: Any, named: dict[str, torch.nn.Parameter], kept: Stored, adam: Stored, count: int) -> None:
     import deepspeed
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
@@ -140,7 +186,7 @@ def _restore_zero(
         if link := getattr(zero, "_lazy_init_hp_params_optimizer_state", None):
             link()
     for name, parameter in named.items():
-        value = parameters[name].to(parameter.device)
+        value = kept[name].to(parameter.device)
         # First what the forward pass uses (rounded to its dtype), then the float32 master that the optimizer keeps.
         if hasattr(parameter, "ds_id"):
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
@@ -149,7 +195,7 @@ def _restore_zero(
             parameter.data.copy_(value)
         safe_set_full_fp32_param(parameter, value)
         for key in MOMENTS if count else ():
-            safe_set_full_optimizer_state(parameter, moments[f"{name}|{key}"].to(parameter.device), key)
+            safe_set_full_optimizer_state(parameter, adam[f"{name}|{key}"].to(parameter.device), key)
 
 
 def _partitions(zero: Any) -> list[torch.Tensor]:

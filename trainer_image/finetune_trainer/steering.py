@@ -7,8 +7,8 @@ from typing import Any
 
 from finetune_api.failures import FineTuneError, Reason
 from finetune_api.run import RunConfig
-from finetune_trainer import distributed, log, model, state
-from finetune_trainer.callbacks import Progress, Seeds, Signals, Steering
+from finetune_trainer import distributed, heartbeat, log, model, state
+from finetune_trainer.callbacks import Progress, Seeds, Signals, Slowness, Steering
 from finetune_trainer.checkpoint import Checkpoints, Resumed
 from finetune_trainer.control import Control
 from finetune_trainer.distributed import Ranks
@@ -16,6 +16,7 @@ from finetune_trainer.feed import Data, packed
 from finetune_trainer.journal import Journal
 from finetune_trainer.pace import Pace
 from finetune_trainer.report import Reporter
+from finetune_trainer.stragglers import Clock
 
 
 class Course:
@@ -45,13 +46,16 @@ class Course:
         self._measure_before, self._publish_sound = measure_before, publish_sound
         total, scaled = data.plan.total_steps, bool(trainer.args.fp16)
         self._control = Control(config.spec, journal, total, scaled, "validation" in data.held)
-        self._pace = Pace(config.spec.checkpoint.interval, config.devices.workers)
+        self._pace = Pace(config.spec.checkpoint.interval, config.devices.workers, config.attempt or 0)
         self._steering = Steering(ranks, signals, self._due, self._control.evaluates, self._ready)
+        clock = Clock()
+        trainer.compute_loss = clock.timed(trainer.compute_loss)
         trainer.save_state, trainer.evaluate_state = self._save, self._evaluate
         for callback in (
             Seeds(config.spec.training.seed, ranks.rank),
             Progress(journal, self._control, data.plan, reporter, ranks),
             self._steering,
+            Slowness(clock, ranks, reporter),
         ):
             trainer.add_callback(callback)
 
@@ -64,10 +68,11 @@ class Course:
             raise self._with_last_sound(error) if error.reason == Reason.DIVERGED else error from None
         if self._steering.stopped:
             self._checkpoints.wait()
+            text = f"the pod was asked to end after step {journal.step} of {self._data.plan.total_steps}"
+            if trouble := self._checkpoints.trouble(journal.step):
+                text += f"; its checkpoint could not be stored: {trouble}"
             distributed.stop(ranks)
-            raise FineTuneError(
-                Reason.PREEMPTED, f"the pod was asked to end after step {journal.step} of {self._data.plan.total_steps}"
-            )
+            raise FineTuneError(Reason.PREEMPTED, text)
         best = self._control.best
         if best is None:
             return
@@ -87,11 +92,13 @@ class Course:
         if packed(self._config):
             model.assert_packing(trainer.model_wrapped, trainer.batches.flat, self._ranks.device)
         trainer.begin()
+        self._checkpoints.prepare(trainer)
         if self._resumed:
             state.restore(trainer, self._resumed.directory, self._resumed.saved)
             trainer.start_at(self._resumed.saved.step)
             self._catch_up()
         else:
+            heartbeat.enter("Evaluating")
             journal.before = self._measure_before()
         self._reporter.phase("Training")
         # From here on a signal waits for the end of the step, and after the last one for the adapter.
@@ -103,19 +110,22 @@ class Course:
         """Whoever was asked to end saved without evaluating; and who had stopped early is not to go on."""
         if self._control.evaluates(self._journal.step) and not self._journal.is_evaluated():
             self._evaluate()
-        self._reporter.warn(self._control.warning)
+        self._reporter.warn("over-fitting", self._control.warning)
         if self._control.stops:
             self._trainer.batches.first_step = self._data.plan.total_steps
 
     def _due(self, step: int) -> bool:
+        self._checkpoints.check()
         return not self._checkpoints.uploading and self._pace.due(step, time.monotonic())
 
     def _evaluate(self) -> None:
         held, journal, control = self._data.held["validation"], self._journal, self._trainer.control
         micro_batch = self._trainer.batches.micro_batch
+        heartbeat.enter("Evaluating")
         measured = self._trainer.measure(held.data, self._ranks, micro_batch, held.groups)
         # Rank 0's numbers, so that no rank decides otherwise by a last bit.
         found = journal.evaluated(self._ranks.from_main(measured))
+        heartbeat.enter("Training")
         total, warned = self._data.plan.total_steps, self._control.warning
         if self._ranks.is_main:
             shown: dict[str, Any] = {name: round(value, 4) for name, value in found.items()}
@@ -124,7 +134,7 @@ class Course:
                 log.event("over-fitting", level="warning", step=journal.step, message=warned)
             figures = journal.before | {"loss": journal.history[-1]["loss"]} | found
             self._reporter.progress(journal.step, total, figures, journal.remaining_seconds(total))
-        self._reporter.warn(warned)
+        self._reporter.warn("over-fitting", warned)
         best = self._control.best
         if best and best.step == journal.step:
             control.should_save = True
@@ -141,10 +151,12 @@ class Course:
             return
         if sound:
             journal.sound = step
+        heartbeat.enter("Saving")
         held = {at for at in (journal.sound, best.step if best else None) if at is not None}
         seconds = self._checkpoints.save(
             self._trainer, lambda count: journal.saved(count, state.loss_scale(self._trainer)), held
         )
+        heartbeat.enter("Training")
         self._pace.saved(step, time.monotonic(), seconds)
 
     def _with_last_sound(self, error: FineTuneError) -> FineTuneError:

@@ -1,36 +1,39 @@
 """The object store, never trusted to stand still: what is read is pinned first, what is written is hashed.
 
 One `Store` serves a whole process; its methods may be called from any thread. Every error is a FineTuneError (see
-`storage_errors`). Requests are retried by boto3, bodies that break off by a range that continues them.
+`storage_errors`). Requests are sent again as `retries` says, bodies that break off by a range that continues them.
 """
 
 import builtins
+import datetime
 import hashlib
 import io
 import os
 import re
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
-import boto3
 from boto3.s3.transfer import TransferConfig, create_transfer_manager
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import ClientError
 from pydantic import ValidationError
 
 from finetune_api.failures import FineTuneError, Reason
 from finetune_api.run import PinnedObject, StorageConfig
+from finetune_trainer import log
+from finetune_trainer.bodies import Body
+from finetune_trainer.credentials import RotatedCredentials, expiry_of, make_session
+from finetune_trainer.retries import Retries
 from finetune_trainer.storage_errors import (
-    BROKEN,
+    FAILED,
     AlreadyExists,
     changed,
     code_of,
     explain,
     is_precondition,
-    status_of,
+    of_disk,
 )
 
 PART = 16 * 2**20
@@ -38,6 +41,8 @@ PART = 16 * 2**20
 CHUNK = 2**20
 PARTS_AT_ONCE = 16
 FILES_AT_ONCE = 4
+UPLOADS = 3
+"""How often a file is sent whose upload the store forgot."""
 SCRATCH = re.compile(r"^s3://.+/\.scratch/[A-Za-z0-9][A-Za-z0-9-]*/$")
 
 T = TypeVar("T")
@@ -78,12 +83,26 @@ class Store:
     page_size = 1000
     """Keys asked for at a time."""
 
-    def __init__(self, config: StorageConfig, *, attempts: int = 6, timeout: float = 60.0) -> None:
-        """`attempts` is the budget of each request, and of each body without progress; `timeout` is in seconds."""
-        self._config = config
-        self._attempts = attempts
+    def __init__(
+        self,
+        config: StorageConfig,
+        *,
+        attempts: int = 20,
+        seconds: float = 180.0,
+        timeout: float = 60.0,
+        part: int = PART,
+    ) -> None:
+        """`attempts` and `seconds` are the budget of each request, and of each body without progress.
+
+        `timeout`: seconds of silence; `part`: bytes of one part of an upload, 5 MiB at least.
+        """
+        self.kms_key_id = config.kms_key_id
+        self._timeout, self._attempts = timeout, attempts
         # A session of its own: boto3's default one keeps the first credentials that it saw.
-        self._client: Any = boto3.session.Session().client(
+        self._session = make_session()
+        credentials = self._session.get_credentials()
+        self._retries = Retries(attempts, seconds, isinstance(credentials, RotatedCredentials))
+        self._client: Any = self._session.client(
             "s3",
             endpoint_url=config.endpoint or os.environ.get("AWS_ENDPOINT_URL") or None,
             region_name=config.region
@@ -94,19 +113,21 @@ class Store:
                 max_pool_connections=2 * PARTS_AT_ONCE,
                 connect_timeout=min(10.0, timeout),
                 read_timeout=timeout,
-                retries={"mode": "standard", "total_max_attempts": attempts},
+                retries={"mode": "standard", "total_max_attempts": 1},
                 s3={"addressing_style": config.addressing_style},
                 request_checksum_calculation=config.checksums,
                 response_checksum_validation=config.checksums,
             ),
         )
+        self._retries.register(self._client)
+        self.region = str(self._client.meta.region_name)
         self._parts = ThreadPoolExecutor(PARTS_AT_ONCE, "s3-part")
         # "classic": the CRT client that "auto" may choose ignores endpoint_url.
         self._transfers: Any = create_transfer_manager(
             self._client,
             TransferConfig(
-                multipart_threshold=PART,
-                multipart_chunksize=PART,
+                multipart_threshold=part,
+                multipart_chunksize=part,
                 max_concurrency=PARTS_AT_ONCE // 2,
                 preferred_transfer_client="classic",
             ),
@@ -123,7 +144,32 @@ class Store:
         self._transfers.shutdown(cancel=True)
         self._client.close()
 
+    def expiry(self) -> datetime.datetime | None:
+        """Of `credentials.expiry_of`."""
+        return expiry_of(self._session.get_credentials())
+
     # Looking
+
+    def region_of(self, bucket: str) -> str | None:
+        """None where the store does not say it; S3 does so even to those who may do nothing else."""
+        try:
+            answer = self._client.head_bucket(Bucket=bucket)
+        except ClientError as error:
+            answer = error.response
+        except FAILED as error:
+            raise explain(error, "reach", f"s3://{bucket}") from error
+        headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+        return str(headers["x-amz-bucket-region"]) if "x-amz-bucket-region" in headers else None
+
+    def encryption_of(self, uri: str) -> str | None:
+        """How an object is encrypted, as S3 names it ("aws:kms"); None where the store does not say it."""
+        bucket, key = parse(uri)
+        try:
+            answer = self._client.head_object(Bucket=bucket, Key=key)
+        except FAILED as error:
+            raise explain(error, "read", uri) from error
+        found = answer.get("ServerSideEncryption")
+        return str(found) if found else None
 
     def list(self, uri: str) -> Iterator[PinnedObject]:
         """The objects below a prefix in the order of their keys, by ETag, without folder markers."""
@@ -136,18 +182,24 @@ class Store:
                 for item in page.get("Contents", ()):
                     if not item["Key"].endswith("/"):
                         yield _pinned(f"s3://{bucket}/{item['Key']}", item["Size"], item["ETag"], None)
-        except (ClientError, BotoCoreError) as error:
+        except FAILED as error:
             raise explain(error, "list", uri) from error
 
     def pin(self, uri: str) -> PinnedObject:
         """The object as it is now. Raises ObjectMissing."""
         bucket, key = parse(uri)
-        try:
-            answer = self._client.head_object(Bucket=bucket, Key=key)
-        except ClientError as error:
-            raise self._why(error, uri) from error
-        except BotoCoreError as error:
-            raise explain(error, "read", uri) from error
+        for again in (True, False):
+            try:
+                answer = self._client.head_object(Bucket=bucket, Key=key)
+                break
+            except ClientError as error:
+                why = self._why(error, uri)
+                # What was true a moment ago may not be now: keys that were renewed in between, above all.
+                if why is None and again:
+                    continue
+                raise (why or explain(error, "read", uri)) from error
+            except FAILED as error:
+                raise explain(error, "read", uri) from error
         version = answer.get("VersionId")
         return _pinned(uri, answer["ContentLength"], answer["ETag"], None if version == "null" else version)
 
@@ -155,17 +207,18 @@ class Store:
         """Objects as they are now, in order."""
         return _each(self.pin, uris)
 
-    def _why(self, error: ClientError, uri: str) -> FineTuneError:
-        """A HEAD has no body and so no error code: a GET tells a missing bucket from a missing key."""
+    def _why(self, error: ClientError, uri: str) -> FineTuneError | None:
+        """A HEAD has no body and so no error code: a GET tells a missing bucket from a missing key.
+
+        None where there is nothing wrong any more.
+        """
         bucket, key = parse(uri)
         try:
             self._client.get_object(Bucket=bucket, Key=key, Range="bytes=0-0")["Body"].close()
-        except ClientError as told:
-            if code_of(told) != "InvalidRange":
+        except FAILED as told:
+            if not (isinstance(told, ClientError) and code_of(told) == "InvalidRange"):
                 return explain(told, "read", uri)
-        except BotoCoreError as silent:
-            return explain(silent, "read", uri)
-        return explain(error, "read", uri)
+        return None
 
     # Reading
 
@@ -185,15 +238,33 @@ class Store:
     def open_stream(self, pinned: PinnedObject, start: int = 0, end: int | None = None) -> BinaryIO:
         """The bytes `start` to `end` (exclusive) of what was pinned; a body that breaks off is continued."""
         stop = pinned.size if end is None else min(end, pinned.size)
-        raw = _Body(self._client, pinned, start, stop, self._attempts)
+        raw = Body(self._client, pinned, start, stop, self._retries, self._timeout)
         return cast(BinaryIO, io.BufferedReader(raw, CHUNK))
 
     def download(self, wanted: Wanted, progress: Progress | None = None) -> str:
-        """Writes the pinned bytes to the path, whole or not at all, and returns their SHA-256."""
+        """Writes the pinned bytes to the path, whole or not at all, and returns their SHA-256.
+
+        Raises DoesNotFit where the disk is full.
+        """
         pinned, path, expected = wanted
-        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".part")
-        with partial.open("wb+") as file:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._write(partial, pinned, progress)
+            found = sha256_of(partial)
+            if expected is not None and found != expected:
+                raise changed(pinned.uri, detail=f"SHA-256 {found[:12]}… instead of {expected[:12]}…")
+            partial.rename(path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise of_disk(error, path) from error
+        except FineTuneError:
+            partial.unlink(missing_ok=True)
+            raise
+        return found
+
+    def _write(self, path: Path, pinned: PinnedObject, progress: Progress | None) -> None:
+        with path.open("wb+") as file:
             file.truncate(pinned.size)
             futures = [
                 self._parts.submit(self._fill, file.fileno(), pinned, start, progress)
@@ -201,12 +272,6 @@ class Store:
             ]
             _all_or_first_error(futures)
             os.fsync(file.fileno())
-        found = sha256_of(partial)
-        if expected is not None and found != expected:
-            partial.unlink()
-            raise changed(pinned.uri, detail=f"SHA-256 {found[:12]}… instead of {expected[:12]}…")
-        partial.rename(path)
-        return found
 
     def download_many(self, files: Sequence[Wanted], progress: Progress | None = None) -> builtins.list[str]:
         """Downloads some files at a time and returns their SHA-256 in order."""
@@ -216,8 +281,11 @@ class Store:
         with self.open_stream(pinned, start, start + PART) as stream:
             position = start
             while chunk := stream.read(CHUNK):
-                os.pwrite(descriptor, chunk, position)
-                position += len(chunk)
+                rest = memoryview(chunk)
+                # A disk that is nearly full takes a part, and says so only the next time.
+                while rest:
+                    written = os.pwrite(descriptor, rest, position)
+                    position, rest = position + written, rest[written:]
                 if progress:
                     progress(len(chunk))
 
@@ -226,16 +294,59 @@ class Store:
     def upload(self, path: Path, uri: str) -> Uploaded:
         """Writes a file, in parts where it is long; what was sent is checked by its size."""
         digest, size = sha256_of(path), path.stat().st_size
-        bucket, key = parse(uri)
-        try:
-            # A failure aborts the multipart upload, so that no part stays behind and is paid for.
-            self._transfers.upload(str(path), bucket, key, extra_args=self._encryption()).result()
-        except (ClientError, BotoCoreError, OSError) as error:
-            raise explain(error, "write", uri) from error
+        begun = self._retries.repeated["CreateMultipartUpload"]
+        for left in reversed(range(UPLOADS)):
+            try:
+                self._transfer(path, uri)
+                break
+            except FAILED as error:
+                # The answer to its completion was lost, and the store does not know the upload any more.
+                if left and isinstance(error, ClientError) and code_of(error) == "NoSuchUpload":
+                    continue
+                raise explain(error, "write", uri) from error
+        # Of a beginning whose answer was lost nobody knows the number: it is found by its key.
+        if self._retries.repeated["CreateMultipartUpload"] > begun:
+            self._abort(uri, lambda key: key == parse(uri)[1])
         stored = self.pin(uri)
         if stored.size != size:
             raise changed(uri, "write", f"{stored.size:,} bytes are there, {size:,} were sent")
         return Uploaded(size, digest)
+
+    def _transfer(self, path: Path, uri: str) -> None:
+        """A failure aborts the multipart upload, so that no part stays behind and is paid for."""
+        bucket, key = parse(uri)
+        self._transfers.upload(str(path), bucket, key, extra_args=self._encryption()).result()
+
+    def sweep_uploads(self, prefix: str) -> int:
+        """Aborts the multipart uploads below `prefix` that nobody finished, and returns how many there were.
+
+        None where the credentials do not allow to list them: what is left then is the bucket's lifecycle rule's.
+        """
+        key_prefix = parse(prefix)[1]
+        if not key_prefix.strip("/") or not prefix.endswith("/"):
+            raise ValueError(f"{prefix} is not the prefix of one job")
+        return self._abort(prefix, lambda key: key.startswith(key_prefix))
+
+    def _abort(self, uri: str, is_ours: Callable[[str], bool]) -> int:
+        bucket, prefix = parse(uri)
+        pages = self._client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix)
+        count = 0
+        try:
+            # Some stores do not know a prefix here.
+            found = [item for page in pages for item in page.get("Uploads", ()) if is_ours(item["Key"])]
+            for item in found:
+                try:
+                    self._client.abort_multipart_upload(Bucket=bucket, Key=item["Key"], UploadId=item["UploadId"])
+                    count += 1
+                except ClientError as error:
+                    if code_of(error) != "NoSuchUpload":
+                        raise
+        except FAILED as error:
+            why = explain(error, "list the unfinished uploads of", uri)
+            if why.reason != Reason.STORAGE_DENIED:
+                raise why from error
+            log.event("unfinished uploads are not looked for", level="warning", why=str(why))
+        return count
 
     def put_bytes(self, uri: str, data: bytes) -> None:
         self._put(uri, data)
@@ -245,18 +356,12 @@ class Store:
 
         Raises AlreadyExists.
         """
-        for attempt in range(self._attempts):
-            try:
-                self._put(uri, data, IfNoneMatch="*")
-                return
-            except AlreadyExists:
-                pinned = self.pin(uri)
-                if pinned.size == len(data) and self.get_bytes(pinned, len(data)) == data:
-                    return
+        try:
+            self._put(uri, data, IfNoneMatch="*")
+        except AlreadyExists:
+            pinned = self.pin(uri)
+            if pinned.size != len(data) or self.get_bytes(pinned, len(data)) != data:
                 raise
-            except _Conflict:
-                time.sleep(min(2.0, 0.1 * 2**attempt))
-        raise FineTuneError(Reason.STORAGE_UNAVAILABLE, f"cannot write {uri}: other writers kept coming in between")
 
     def _put(self, uri: str, data: bytes, **condition: str) -> None:
         bucket, key = parse(uri)
@@ -265,16 +370,14 @@ class Store:
         except ClientError as error:
             if condition and is_precondition(error):
                 raise AlreadyExists(Reason.STORAGE_DENIED, f"cannot write {uri}: it exists already") from error
-            if condition and status_of(error) == 409:
-                raise _Conflict from error
             raise explain(error, "write", uri) from error
-        except BotoCoreError as error:
+        except FAILED as error:
             raise explain(error, "write", uri) from error
 
     def _encryption(self) -> dict[str, str]:
-        if self._config.kms_key_id is None:
+        if self.kms_key_id is None:
             return {}
-        return {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": self._config.kms_key_id}
+        return {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": self.kms_key_id}
 
     # Deleting
 
@@ -282,7 +385,7 @@ class Store:
         bucket, key = parse(uri)
         try:
             self._client.delete_object(Bucket=bucket, Key=key)
-        except (ClientError, BotoCoreError) as error:
+        except FAILED as error:
             raise explain(error, "delete", uri) from error
 
     def delete_prefix(self, prefix: str, scratch: str) -> int:
@@ -292,80 +395,6 @@ class Store:
         found = builtins.list(self.list(prefix))
         _each(lambda item: self.delete(item.uri), found)
         return len(found)
-
-
-class _Conflict(Exception):
-    """Another conditional write to the same key is under way."""
-
-
-class _Body(io.RawIOBase):
-    """Bytes of a pinned object; opens lazily, and again from where it stopped when the connection breaks."""
-
-    def __init__(self, client: Any, pinned: PinnedObject, start: int, stop: int, attempts: int) -> None:
-        super().__init__()
-        self._client, self._pinned, self._position, self._stop = client, pinned, start, stop
-        self._attempts = self._left = attempts
-        self._body: Any = None
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer)
-        while self._position < self._stop and len(view):
-            try:
-                if self._body is None:
-                    self._body = self._open()
-                data = self._body.read(min(len(view), self._stop - self._position))
-                if data:
-                    view[: len(data)] = data
-                    self._position += len(data)
-                    self._left = self._attempts
-                    return len(data)
-                failure: Exception = EOFError("the body ended early")
-            except BROKEN as error:
-                failure = error
-            self._retry(failure)
-        return 0
-
-    def close(self) -> None:
-        if self._body is not None:
-            self._body.close()
-            self._body = None
-        super().close()
-
-    def _open(self) -> Any:
-        bucket, key = parse(self._pinned.uri)
-        version = {"VersionId": self._pinned.version_id} if self._pinned.version_id else {}
-        try:
-            answer = self._client.get_object(
-                Bucket=bucket,
-                Key=key,
-                IfMatch=self._pinned.etag,
-                Range=f"bytes={self._position}-{self._stop - 1}",
-                **version,
-            )
-        except ClientError as error:
-            raise explain(error, "read", self._pinned.uri) from error
-        # A store that ignores If-Match still says what it sends.
-        if answer["ETag"] != self._pinned.etag:
-            answer["Body"].close()
-            raise changed(self._pinned.uri)
-        if answer["ResponseMetadata"]["HTTPStatusCode"] != 206:
-            answer["Body"].close()
-            raise FineTuneError(
-                Reason.STORAGE_UNAVAILABLE, f"cannot read {self._pinned.uri}: the store ignored the range of a request"
-            )
-        return answer["Body"]
-
-    def _retry(self, failure: Exception) -> None:
-        if self._body is not None:
-            self._body.close()
-            self._body = None
-        self._left -= 1
-        if self._left <= 0:
-            raise explain(failure, "read", self._pinned.uri) from failure
-        time.sleep(min(5.0, 0.05 * 2 ** (self._attempts - self._left)))
 
 
 def _pinned(uri: str, size: int, etag: str, version: str | None) -> PinnedObject:

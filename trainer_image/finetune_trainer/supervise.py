@@ -1,6 +1,6 @@
 """Processes under PID 1: started together, signalled together, each with its own exit code and the end of its output.
 
-One thread and no polling: pipes and signals (through a wake-up descriptor) meet in one selector.
+One thread: pipes and signals (through a wake-up descriptor) meet in one selector. Nothing is polled but `watch`.
 """
 
 import os
@@ -11,11 +11,12 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 
 TAIL_LINES, LINE_LENGTH = 40, 400
+WATCH_SECONDS = 1.0
 _FORWARDED = (signal.SIGTERM, signal.SIGINT)
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
@@ -111,8 +112,14 @@ class Supervisor:
             child.killed = True
             _kill_group(child.pid)
 
-    def run(self, grace: float, stop_grace: float, patient_codes: Sequence[int] = ()) -> None:
-        """Returns when every child has ended.
+    def run(
+        self,
+        grace: float,
+        stop_grace: float,
+        patient_codes: Sequence[int] = (),
+        watch: Callable[[], bool] = lambda: False,
+    ) -> bool:
+        """Returns when every child has ended, or where `watch`, asked once a second, says True; that is returned.
 
         When one fails the others get `grace` seconds to end by themselves, and `stop_grace` seconds after a signal came
         or where the first failure is one of `patient_codes`.
@@ -125,11 +132,14 @@ class Supervisor:
                     deadline = time.monotonic() + stop_grace
                 elif failed:
                     deadline = time.monotonic() + grace
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0:
+                elif watch():
+                    return True
+            left = WATCH_SECONDS if deadline is None else deadline - time.monotonic()
+            if left <= 0:
                 self.kill()
-                left = None
+                left = WATCH_SECONDS
             self.step(left)
+        return False
 
     def _take_signals(self) -> None:
         for number in self._woken.recv(4096):

@@ -12,6 +12,7 @@ import os
 import sys
 import traceback
 import warnings
+from typing import Any
 
 import torch
 import transformers
@@ -22,7 +23,7 @@ from finetune_api.failures import FineTuneError, Reason, TerminationMessage, Tra
 from finetune_api.run import RunConfig
 from finetune_api.sizing import Sizing
 from finetune_api.stages import keeps_reference
-from finetune_trainer import arguments, distributed, log, model, state, tuning
+from finetune_trainer import arguments, distributed, heartbeat, log, model, state, tuning
 from finetune_trainer.batches import Plan
 from finetune_trainer.between import prepare_between
 from finetune_trainer.callbacks import Signals
@@ -32,6 +33,7 @@ from finetune_trainer.evaluation.evaluator import Evaluator
 from finetune_trainer.evaluation.gates import check
 from finetune_trainer.facts import Evidence
 from finetune_trainer.feed import load_data, micro_batches
+from finetune_trainer.fence import Fence
 from finetune_trainer.forgetting import retained
 from finetune_trainer.journal import Journal
 from finetune_trainer.methods import make_trainer, task_of
@@ -56,6 +58,11 @@ def train(run: StageRun, signals: Signals, reporter: Reporter, end: "End") -> No
     reporter.phase("Loading")
     ranks = distributed.start(config.devices, zero=sizing.strategy != "DDP")
     store = Store(config.storage)
+    if known := ranks.from_main(published_before(run, store) if ranks.is_main else None):
+        distributed.stop(ranks)
+        if ranks.is_main:
+            end.publish(run, TrainingResult.model_validate(known))
+        return
     start = run.make_ready(store, ranks)
     if run.number == 0:
         # What later stages start from is our own.
@@ -86,10 +93,13 @@ def train(run: StageRun, signals: Signals, reporter: Reporter, end: "End") -> No
         earlier=start.adapter,
         task=task,
     )
+    # Whatever the model does, training, measuring or writing, begins here.
+    tuned.get_input_embeddings().register_forward_pre_hook(lambda *_: heartbeat.beat())
     initial = tuning.initial_of(tuned, spec.tuning)
 
     checkpoints = Checkpoints(store, config.scratch_uri, work, config.spec_sha256, ranks, spec.checkpoint.keep)
     checkpoints.on_uploaded = reporter.checkpoint
+    checkpoints.on_trouble = lambda message: reporter.warn("checkpoint", message)
     checkpoints.leans_on = lambda saved: best_step(spec, saved.history)
     resumed = checkpoints.newest()
     names = [dataset.name for dataset in spec.datasets]
@@ -125,20 +135,26 @@ def train(run: StageRun, signals: Signals, reporter: Reporter, end: "End") -> No
     metrics |= retained(run, trainer, data, ranks)
     reporter.progress(journal.step, data.plan.total_steps, metrics, 0)
     reporter.phase("Saving")
-    parameters = trainer.published(state.capture(trainer)[0])
+    parameters = trainer.published(state.on_cpu(trainer))
     distributed.stop(ranks)
     if ranks.is_main:
         kind = save_output(run, Trained(tuned, parameters, initial, dtype, task, classes))
         # A stage's checkpoints may go once its result is there, and not before the last of them is.
         checkpoints.wait()
+        checkpoints.close()
         if run.is_last:
             evidence = Evidence(classes, trainer.confusion, evaluator.samples)
-            end.result = publish_output(run, store, journal, metrics, reporter, kind, evidence)
-            names = [stage.name for stage in run.stages if stage.name]
-            check(run.job.spec.evaluation, end.result.metrics, names)
+            end.publish(run, publish_output(run, store, journal, metrics, reporter, kind, evidence))
         else:
             publish_stage(run, store, journal, metrics)
             checkpoints.remove()
+
+
+def published_before(run: StageRun, store: Store) -> dict[str, Any] | None:
+    """Rank 0: the job's result, where an earlier attempt published it and its last word was lost. Raises Superseded."""
+    fence = Fence.of(store, run.job)
+    result = fence.enter() if fence else None
+    return result.to_json() if result else None
 
 
 def sizing_of(config: RunConfig) -> Sizing:
@@ -169,6 +185,11 @@ class End:
 
     journal: Journal | None = None
     result: TrainingResult | None = None
+
+    def publish(self, run: StageRun, result: TrainingResult) -> None:
+        """What there is, and whether it is good enough. Raises GateNotMet."""
+        self.result = result
+        check(run.job.spec.evaluation, result.metrics, [stage.name for stage in run.stages if stage.name])
 
     def message(self, rank: int, error: BaseException | None) -> TerminationMessage:
         # Where a gate is not met there is a result, too.
@@ -205,6 +226,7 @@ def quiet_libraries() -> None:
 def main() -> int:
     work, rank, end = WorkDir.from_env(), int(os.environ["RANK"]), End()
     number = int(os.environ.get("FINETUNE_STAGE", "0"))
+    heartbeat.start(work.heartbeat(f"rank-{rank}"))
     quiet_libraries()
     # Our own reports say more; both would be posted.
     os.environ["DISABLE_KUBEFLOW_INTEGRATION"] = "TRUE"

@@ -20,6 +20,9 @@ _VICTIM = re.compile(
 )
 
 
+_KILLED = "the process that stores checkpoints was killed by signal 9"
+
+
 class RankEnd(NamedTuple):
     rank: int
     code: int
@@ -44,6 +47,9 @@ def describe(end: RankEnd, out_of_memory: bool) -> TerminationMessage:
     """One failed rank's message. `out_of_memory`: the kernel killed something in this pod for its memory."""
     if end.outcome and end.outcome.reason:
         said = end.outcome
+        if out_of_memory and said.reason == Reason.RANK_FAILED and _KILLED in said.message:
+            text = f"{said.message}: the pod's memory limit was reached"
+            said = said.model_copy(update={"reason": Reason.HOST_OUT_OF_MEMORY, "message": text[:2048]})
         if is_victim(end):
             text = f"lost contact with another rank: {said.message}"[:2048]
             said = said.model_copy(update={"message": text, "victim": True})

@@ -7,10 +7,12 @@ adapter/                  the earlier adapter, where the job starts from one
 reward-model/             the reward model, where one is named; of a stage in a folder of its own
 data/index.json           finetune_api.run.PreparedData
 data/<Shard.key>          every shard under its key
-checkpoints/step-…/       checkpoints, being written or being resumed
+checkpoints/step-…/       checkpoints, being stored or being resumed
+uploader.lock             held while a checkpoint may still be on its way
 output/                   what is published
 teachers/<name>/          the model that a stage which generates asks, where that is another one
 outcomes/rank-<r>.json    how rank r ended
+heartbeats/rank-<r>       where rank r is, and beside it the stacks that it was asked for
 finished                  how many stages were finished by earlier attempts
 stages/<name>/            the result of a stage that is finished
 merged/<name>/            that result's adapter worked into the model that it was trained on
@@ -64,6 +66,11 @@ class WorkDir:
         return self.root / "checkpoints" / self.stage
 
     @property
+    def uploader_lock(self) -> Path:
+        """Held while a process of this pod may still be storing a checkpoint."""
+        return self.root / "uploader.lock"
+
+    @property
     def output(self) -> Path:
         return self.root / "output" / self.stage
 
@@ -88,6 +95,10 @@ class WorkDir:
     @property
     def outcomes(self) -> Path:
         return self.root / "outcomes"
+
+    def heartbeat(self, name: str) -> Path:
+        """Of `pull`, `rank-0` and so on: see `heartbeat`."""
+        return self.root / "heartbeats" / name
 
     def outcome(self, rank: int) -> Path:
         """Written by rank `rank` when it ends, read by the launcher."""

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict
 from finetune_api.failures import FineTuneError, Reason
 from finetune_api.run import PreparedData
 from finetune_api.stage import Generate
-from finetune_trainer import distributed, log, model
+from finetune_trainer import distributed, heartbeat, log, model
 from finetune_trainer.callbacks import Signals
 from finetune_trainer.distributed import Ranks
 from finetune_trainer.generate import shared
@@ -82,7 +82,9 @@ def generate(run: StageRun, signals: Signals, reporter: Reporter) -> None:
         if ranks.any([signals.received])[0]:
             _save_partial(run, store, ranks, written)
             raise FineTuneError(Reason.PREEMPTED, f"the pod was asked to end with {len(written.rows)} rows written")
+        heartbeat.begin()
         writer.round(written, filters)
+        heartbeat.step(len(written.rows))
         done = len(written.rows) - first
         remaining = (time.monotonic() - started) / done * (options.count - len(written.rows)) if done else None
         kept = {"rowsKept": float(len(written.rows)), "requests": float(written.requests)}
@@ -181,6 +183,7 @@ def load(run: StageRun, start: Start, device: torch.device) -> Any:
     found = model.load_model(start.model, dtype, model.attention_of(dtype, devices), device)
     if start.adapter:
         found = PeftModel.from_pretrained(found, start.adapter, local_files_only=True)
+    found.get_input_embeddings().register_forward_pre_hook(lambda *_: heartbeat.beat())
     return found.to(device).eval().requires_grad_(False)
 
 

@@ -1,0 +1,203 @@
+"""PURE. Prepared data -> a gang that runs: it is asked for, waits for its room, and gives back what is not enough."""
+
+import datetime
+from dataclasses import replace
+
+from finetune_api.failures import Reason
+from finetune_api.job import FineTuneJob
+from finetune_api.jobstatus import Attempt, DataStatus, State
+from finetune_api.profile import FineTuneProfile
+from finetune_api.run import PreparedSummary
+from finetune_api.sizing import DoesNotFit
+from finetune_operator import attempts as history
+from finetune_operator import capacity, manifests
+from finetune_operator.capacity import Wait
+from finetune_operator.fitting import Fit, NothingSmaller, fit
+from finetune_operator.situation import LOOK_AGAIN, Situation, Step, with_trouble, within_pre_running
+from finetune_operator.status import Decision
+
+
+def start(situation: Situation, job: FineTuneJob, profile: FineTuneProfile, prepared: PreparedSummary) -> Step:
+    """The data is ready and no gang runs: may the next attempt begin?"""
+    waited = capacity.waiting(situation.attempts)
+    expires = situation.expires(job, waited.since) if waited else None
+    overdue = waited if expires and situation.now >= expires else None
+    wanted = _wanted(situation, job, profile, prepared, overdue)
+    if isinstance(wanted, Step):
+        return wanted
+    workers, found = wanted
+    last = situation.attempts[-1] if situation.attempts else None
+    number = last.number + 1 if last else 0
+    known = Decision("Starting", "", data=_data(prepared), sizing=found.largest)
+    due, state, why = _pause(situation, found, overdue is None)
+    if due and situation.now < due:
+        text = f"attempt {number} starts at {due:%H:%M:%S} UTC{why}"
+        return Step(situation.stand(replace(known, state=state, message=text)), due=(due, expires))
+    if lingering := _lingering(situation):
+        text = f"attempt {number} waits for {', '.join(lingering[:3])} of the one before to end"
+        return Step(situation.stand(replace(known, message=text)), due=(situation.now + LOOK_AGAIN,))
+    name = manifests.child_name(job.metadata.name, number)
+    attempt = Attempt(number=number, job=name, workers=workers, creation_time=situation.now)
+    # Where a gang did not find room, a node that failed is better than none.
+    strictly = waited is None and _queue(job) is None
+    affinity = manifests.without(history.avoided(situation.attempts, situation.now), strictly=strictly)
+    decision = replace(
+        known,
+        state="Queued" if _queue(job) else "Starting",
+        message=_start_text(job, attempt),
+        attempts=history.bounded((*situation.attempts, attempt)),
+        gpus=manifests.devices(job.spec, profile.spec, workers).world_size,
+    )
+    objects = manifests.gang(
+        job, profile, situation.context, number, prepared, found.sizings, workers=workers, affinity=affinity
+    )
+    step = Step(decision, objects, (_grace_of(profile, situation.now) if affinity and strictly else None,))
+    return within_pre_running(situation, job, waited.since if waited and not overdue else situation.now, step)
+
+
+def _wanted(
+    situation: Situation, job: FineTuneJob, profile: FineTuneProfile, prepared: PreparedSummary, overdue: Wait | None
+) -> tuple[int, Fit] | Step:
+    """How many workers are asked for, and how they are placed; or the end. `overdue`: what was waited for too long."""
+    waited = capacity.waiting(situation.attempts)
+    workers = (waited and waited.workers) or job.spec.distribution.workers
+    try:
+        if overdue is None:
+            return workers, fit(job, profile, prepared, situation.attempts, workers)
+        return capacity.fewer(job, profile, prepared, situation.attempts, overdue) or _no_room(situation, job)
+    except DoesNotFit as error:
+        return situation.fail(Reason.DOES_NOT_FIT, str(error))
+    except NothingSmaller as error:
+        ended = replace(situation, attempts=history.permanent(situation.attempts))
+        return ended.fail(Reason.OUT_OF_MEMORY, str(error))
+
+
+def _pause(situation: Situation, found: Fit, again: bool) -> tuple[datetime.datetime | None, State, str]:
+    """Until when the next attempt waits after the last one, how that is called, and why it is so.
+
+    `again`: it is as large as what gave its place back.
+    """
+    last, waited = situation.attempts[-1] if situation.attempts else None, capacity.waiting(situation.attempts)
+    if last is None or last.completion_time is None:
+        return None, "Starting", ""
+    uid = situation.subject.uid
+    if last.outcome == "Retryable":
+        how = f" with {found.smaller}" if last.reason == Reason.OUT_OF_MEMORY else ""
+        due = last.completion_time + history.backoff(uid, history.failures(situation.attempts))
+        return due, "Retrying", f"{how}; {last.reason}: {last.message}"
+    if waited and again:
+        # Two gangs that stood in each other's way must not come back at the same moment.
+        due = last.completion_time + history.backoff(uid, waited.returned, spread=1.0)
+        return due, "Queued", f"; attempt {last.number}: {last.message}"
+    return None, "Starting", ""
+
+
+def _no_room(situation: Situation, job: FineTuneJob) -> Step:
+    last, least = situation.attempts[-1], job.spec.distribution.min_workers
+    text = f"did not run within {job.spec.run_policy.pre_running_deadline_seconds} preRunningDeadlineSeconds"
+    if least:
+        text += f", nor with the {least} of spec.distribution.minWorkers"
+    return situation.fail(Reason.PRE_RUNNING_DEADLINE_EXCEEDED, f"{text}; attempt {last.number}: {last.message}")
+
+
+def run(
+    situation: Situation,
+    job: FineTuneJob,
+    attempt: Attempt,
+    profile: FineTuneProfile | None,
+    deadline: datetime.datetime | None,
+) -> Step:
+    """The gang exists: is it queued, does it start, does it run?"""
+    child, pods = situation.gang_of(attempt)
+    # Nothing tells when a node stops answering; only the pod's deletion, and then time.
+    lost = [pod.deletion + history.LOST_AFTER for pod in pods if pod.deletion and not pod.over]
+    if attempt.start_time:
+        text = f"attempt {attempt.number} runs on {_workers(job, child.workers)}"
+        decision = Decision("Running", situation.with_warning(attempt, text))
+        return Step(situation.stand(decision), due=(deadline, *lost))
+    if child.suspended:
+        step = Step(situation.stand(Decision("Queued", _start_text(job, attempt))))
+    else:
+        text = f"attempt {attempt.number} starts {_workers(job, child.workers)}"
+        step = with_trouble(situation, pods, "Starting", text)
+    waited = capacity.waiting(situation.attempts)
+    due = (*step.due, *lost, _returned_at(situation, job, attempt, profile))
+    return within_pre_running(situation, job, waited.since if waited else child.created, replace(step, due=due))
+
+
+def give_back(
+    situation: Situation, job: FineTuneJob, attempt: Attempt, profile: FineTuneProfile | None
+) -> Situation | None:
+    """The situation without the attempt that has not found room for all of its gang, where it is time for that."""
+    due = _returned_at(situation, job, attempt, profile)
+    if due is None:
+        return None
+    child, pods = situation.gang_of(attempt)
+    found, waited = capacity.seats(child, pods), capacity.waiting(situation.attempts)
+    least, seconds = job.spec.distribution.min_workers, job.spec.run_policy.pre_running_deadline_seconds
+    expires = situation.expires(job, waited.since) if waited else None
+    if expires and situation.now >= expires:
+        if least is None or found.placed < least:
+            return None  # nothing is left but the end, which `run` tells
+        why = f"within {seconds} preRunningDeadlineSeconds"
+    elif situation.now >= due and profile:
+        why = f"within {profile.spec.scheduling_grace_seconds} s"
+        why += ", away from the nodes that failed" if child.selective else ""
+    else:
+        return None
+    returned = capacity.give_back(attempt, found, why, situation.now)
+    return replace(situation, attempts=(*situation.attempts[:-1], returned))
+
+
+def _returned_at(
+    situation: Situation, job: FineTuneJob, attempt: Attempt, profile: FineTuneProfile | None
+) -> datetime.datetime | None:
+    """When the attempt will have held a part of what it needs for long enough."""
+    child, pods = situation.gang_of(attempt)
+    found = capacity.seats(child, pods)
+    # One that refuses nodes may find no room at all because of that; otherwise what holds nothing may wait.
+    since = found.since or (child.created if child.selective else None)
+    if since is None or profile is None or found.placed == found.of:
+        return None
+    if attempt.start_time or child.suspended or _queue(job):
+        return None
+    return _grace_of(profile, since)
+
+
+def _grace_of(profile: FineTuneProfile, since: datetime.datetime) -> datetime.datetime:
+    return since + datetime.timedelta(seconds=profile.spec.scheduling_grace_seconds)
+
+
+def _lingering(situation: Situation) -> list[str]:
+    """Pods of former attempts that may still write: the next one waits for them, but not for those of a lost node."""
+    former = {attempt.uid for attempt in situation.attempts} | {child.uid for child in situation.observed.gangs}
+    pods = (pod for pod in situation.observed.pods if pod.owner in former)
+    return [pod.name for pod in pods if not pod.over and not history.is_lost(pod, situation.now)]
+
+
+def _queue(job: FineTuneJob) -> str | None:
+    return job.spec.queue.name if job.spec.queue else None
+
+
+def _start_text(job: FineTuneJob, attempt: Attempt) -> str:
+    if queue := _queue(job):
+        return f"attempt {attempt.number} waits for queue {queue}"
+    return f"attempt {attempt.number} starts {_workers(job, attempt.workers or job.spec.distribution.workers)}"
+
+
+def _workers(job: FineTuneJob, count: int) -> str:
+    wanted = job.spec.distribution.workers
+    few = f", of {wanted} that are wanted" if count < wanted else ""
+    return ("one worker" if count == 1 else f"{count} workers") + few
+
+
+def _data(prepared: PreparedSummary) -> DataStatus:
+    return DataStatus(
+        train_examples=prepared.train_examples,
+        validation_examples=prepared.validation_examples,
+        test_examples=prepared.test_examples,
+        train_tokens=prepared.train_tokens,
+        dropped=prepared.dropped,
+        message=prepared.message or None,
+        report_uri=prepared.report_uri,
+    )
