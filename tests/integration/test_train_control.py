@@ -140,9 +140,7 @@ def test_a_checkpoint_whose_best_one_is_gone_is_not_resumed(s3: S3, model: Path,
     assert evaluations(after) == pytest.approx(seen, abs=1e-4)
 
 
-def test_what_diverges_ends_with_its_last_good_checkpoint(
-    s3: S3, model: Path, tmp_path: Path
-) -> None:
+def test_what_diverges_ends_with_its_last_good_checkpoint(s3: S3, model: Path, tmp_path: Path) -> None:
     training = {"maxSteps": 40, "learningRate": 4, "warmupRatio": 0.25, "schedule": "Constant"}
     every = {"checkpoint": {"interval": {"type": "Steps", "steps": 1}, "keep": 1}}
     gang = make_gang(tmp_path, s3, model, bucket_prefix="diverged", training=training, tuning={"type": "Full"}, **every)
