@@ -76,7 +76,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, default="small", help="of the model: 0.2, 7 or 8,000 M parameters")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--micro", type=int, default=8, help="rows of a forward pass that are not packed")
-    parser.add_argument("--steps", type=int, default=14, help="optimizer steps, of which the first two do not count")
+    parser.add_argument("--steps", type=int, default=12, help="optimizer steps, of which the first two do not count")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--only", action="append", metavar="NAME", help="a contender; several may be given")
@@ -173,6 +173,7 @@ def run(contender: Contender, task: Task, s3: Any, peers: dict[str, str]) -> rep
     folder, log = Path(task.folder), Path(task.folder, "log")
     if contender.script is None:
         shutil.rmtree(folder / "work", ignore_errors=True)
+        ours.forget(s3, task)
         command, env = ours.command(s3, task, free_port())
     else:
         python = peers[contender.peer] if contender.peer else sys.executable

@@ -127,6 +127,14 @@ def prepare(
     Path(task.folder, "run.json").write_text(config.model_dump_json(by_alias=True, exclude_none=True))
 
 
+def forget(s3: S3, task: Task) -> None:
+    """What an earlier run has saved: this one is to start from the first step."""
+    uri = json.loads(Path(task.folder, "run.json").read_text())["scratchUri"]
+    found = s3.client().list_objects_v2(Bucket=BUCKET, Prefix=f"{uri.removeprefix(f's3://{BUCKET}/')}checkpoints/")
+    for entry in found.get("Contents", ()):
+        s3.client().delete_object(Bucket=BUCKET, Key=entry["Key"])
+
+
 def command(s3: S3, task: Task, port: int) -> tuple[list[str], dict[str, str]]:
     folder = Path(task.folder)
     return [sys.executable, "-m", "finetune_trainer", "train"], os.environ | {
