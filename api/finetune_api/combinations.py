@@ -95,6 +95,7 @@ SCORING = ("LoRA", "QLoRA", "DoRA", "IA3", "Freeze", "Full")
 _WHY_NOT_PARTITIONED = {
     "QLoRA": "QLoRA's quantised weights cannot be partitioned",
     "DoRA": "DoRA needs the norms of whole weights",
+    "IA3": "IA3's few parameters are not partitioned",
     "PromptTuning": "PromptTuning's few parameters are not partitioned",
     "PrefixTuning": "PrefixTuning's few parameters are not partitioned",
 }

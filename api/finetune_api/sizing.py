@@ -39,6 +39,8 @@ STRATEGIES: dict[str, tuple[Strategy, ...]] = {
     "QLoRA": ("DDP",),
     # The norm of the base weights is taken outside of their layer, where ZeRO-3 has not gathered them.
     "DoRA": ("DDP", "ZeRO1", "ZeRO2"),
+    # peft reads these factors outside of their own module's forward pass.
+    "IA3": ("DDP", "ZeRO1", "ZeRO2"),
     # peft reads these embeddings outside of the forward pass too.
     "PromptTuning": ("DDP", "ZeRO1", "ZeRO2"),
     "PrefixTuning": ("DDP", "ZeRO1", "ZeRO2"),

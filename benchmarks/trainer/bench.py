@@ -117,7 +117,7 @@ def measure(options: argparse.Namespace, folder: Path, s3: Any) -> dict[str, Any
             }
         )
     return {
-        "command": shlex.join(["python", "benchmarks/trainer/bench.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "benchmarks/trainer/bench.py", *map(anywhere, sys.argv[1:])]),
         "machine": machine(),
         "device": options.device,
         "dtype": options.dtype,
@@ -200,6 +200,12 @@ def run(contender: Contender, task: Task, s3: Any, peers: dict[str, str]) -> rep
         resident_mb=usage.ru_maxrss / 1024,
         gpu_mb=gpu[0] if task.device == "CUDA" else None,
     )
+
+
+def anywhere(argument: str) -> str:
+    """A peer without the folder of this machine that it lies in."""
+    name, equals, path = argument.partition("=")
+    return f"{name}={Path(path).name}" if equals and path.startswith("/") else argument
 
 
 def machine() -> dict[str, Any]:

@@ -92,6 +92,11 @@ LABELLED = {"datasets": [{"name": "texts", "uri": "s3://data/texts.jsonl", "form
             "DDP or ZeRO1 or ZeRO2 (or Auto)",
         ),
         (
+            {"tuning": {"type": "IA3"}, "distribution": {"strategy": "ZeRO3"}},
+            "spec.distribution.strategy",
+            "IA3's few parameters are not partitioned: DDP or ZeRO1 or ZeRO2 (or Auto)",
+        ),
+        (
             {"tuning": {"type": "QLoRA", "lora": {"initialization": "PiSSA"}}},
             "spec.tuning.lora.initialization",
             "it changes the base weights",

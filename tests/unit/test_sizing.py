@@ -90,7 +90,7 @@ def test_a_chosen_micro_batch_is_kept() -> None:
         ({"global_batch_size": 4}, 80, "for example 8"),
         ({"micro_batch_size": 3}, 80, "training.microBatchSize: found 3; it must divide the 8 examples"),
         ({"strategy": "DDP"}, 16, "tuning.type QLoRA would fit"),
-        ({"tuning": Tuning(type="Full"), "world_size": 1}, 24, "distribution.offload Auto would fit"),
+        ({"tuning": Tuning(type="Full"), "world_size": 1}, 32, "distribution.offload Auto would fit"),
         ({"tuning": Tuning(type="QLoRA")}, 4, "a profile with more memory per GPU is needed"),
     ],
 )
