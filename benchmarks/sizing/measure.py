@@ -28,9 +28,10 @@ from processes import free_port, gpu_memory
 from task import Task
 from workload import Size, make_data, make_model
 
-from finetune_api.modelfiles import model_shape, parse_config, parse_header
 from finetune_api.sizing import Device, Placement, Request, Term, terms
 from finetune_api.tuning import Tuning
+from finetune_cli import modelsource
+from finetune_cli.objectstore import Access
 
 STEPS = 2
 WIDE, BROAD = Size(512, 8, 1408, 8, 4, 8192), Size(768, 6, 2048, 12, 4, 8192)
@@ -149,13 +150,8 @@ def measure(case: Case, device: str, folder: Path, s3: Any) -> tuple[list[Term],
 
 
 def predicted(case: Case, device: str, dtype: str, model: Path) -> list[Term]:
-    config, weights = model / "config.json", model / "model.safetensors"
-    tensors = {}
-    for file in sorted(model.glob("*.safetensors")):
-        data = file.read_bytes()[: 8 + int.from_bytes(file.open("rb").read(8), "little")]
-        tensors |= parse_header(data[8:], file.stat().st_size, str(weights))
     tuning = Tuning.model_validate({"type": case.tuning})
-    shape = model_shape(parse_config(config.read_bytes(), str(config)), tensors, tuning, str(model))
+    shape = modelsource.of(str(model), Access()).shape(tuning)
     request = Request.model_validate(
         {
             "tuning": tuning,

@@ -41,7 +41,6 @@ class Contender:
     packed: bool = False
     peer: str | None = None
     """Whose Python runs it; None: that of this project."""
-    arguments: tuple[str, ...] = ()
 
 
 OURS, OURS_PACKED = Contender("this trainer", None), Contender("this trainer, packed", None, packed=True)
@@ -177,7 +176,7 @@ def run(contender: Contender, task: Task, s3: Any, peers: dict[str, str]) -> rep
         command, env = ours.command(s3, task, free_port())
     else:
         python = peers[contender.peer] if contender.peer else sys.executable
-        command = [python, str(HERE / contender.script), str(folder / "task.json"), *contender.arguments]
+        command = [python, str(HERE / contender.script), str(folder / "task.json")]
         env = dict(os.environ)
     env |= {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), "HF_HUB_OFFLINE": "1", "WANDB_DISABLED": "true"}
     with log.open("w") as file, gpu_memory(task.device) as gpu:

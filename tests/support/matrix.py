@@ -31,6 +31,7 @@ class Method(NamedTuple):
     prefers: bool = True
     """Whether it learns to prefer the good answers of the data; else what it answers changes."""
     batch: int = 16
+    """Examples of an optimizer step."""
 
 
 def _dataset(name: str) -> Spec:

@@ -72,19 +72,21 @@ def write_rows(path: Path, dataset: dict[str, Any], count: int, first: int = 0, 
 
 def make_model(directory: Path) -> Path:
     """A Llama of 2 layers and 32 dimensions that answers questions with two or three words, good or bad by chance."""
+    text = f"{TEXT} {TEXT.replace(' ', ': ')} 0123456789?.\n"
+    make_tiny_model(directory, vocab_text=text, vocab_size=360, max_positions=256, spread=0.3)
+    shown = itertools.islice(rows({"format": "Preference"}, unpaired=True), 1000, 1400)
+    return teach(directory, [f"{row['prompt']}{row['completion']}</s>" for row in shown], steps=200, rate=1e-2)
+
+
+def teach(directory: Path, texts: list[str], steps: int, rate: float) -> Path:
+    """The model there learns the texts by heart, 16 a step."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    text = f"{TEXT} {TEXT.replace(' ', ': ')} 0123456789?.\n"
-    make_tiny_model(directory, vocab_text=text, vocab_size=360, max_positions=256, spread=0.3)
     tokenizer, model = AutoTokenizer.from_pretrained(directory), AutoModelForCausalLM.from_pretrained(directory)
-    texts = [
-        f"{row['prompt']}{row['completion']}{tokenizer.eos_token}"
-        for row in itertools.islice(rows({"format": "Preference"}, unpaired=True), 1000, 1400)
-    ]
-    shown = [torch.tensor(tokenizer(text)["input_ids"]) for text in texts]
-    optimizer, choose = torch.optim.AdamW(model.parameters(), lr=1e-2), random.Random(0)
-    for _ in range(200):
+    shown = [torch.tensor(tokenizer.encode(text)) for text in texts]
+    optimizer, choose = torch.optim.AdamW(model.parameters(), lr=rate), random.Random(0)
+    for _ in range(steps):
         batch = torch.nn.utils.rnn.pad_sequence(choose.sample(shown, 16), batch_first=True, padding_value=-100)
         loss = model(input_ids=batch.clamp(min=0), labels=batch).loss
         loss.backward()
