@@ -68,7 +68,7 @@ bench-prepare: setup
 	$(BIN)/python benchmarks/prepare/bench.py --mib 256 2048 --keep
 
 bench-sizing: setup
-	$(BIN)/python benchmarks/sizing/measure.py
+	$(BIN)/python benchmarks/sizing/measure.py --keep
 
 clean:
 	rm -rf .venv .sandbox build dist

@@ -34,6 +34,7 @@ from finetune_cli import modelsource
 from finetune_cli.objectstore import Access
 
 STEPS = 2
+HEAD = "| case | predicted | measured | predicted / measured |\n| --- | --- | --- | --- |"
 WIDE, BROAD = Size(512, 8, 1408, 8, 4, 8192), Size(768, 6, 2048, 12, 4, 8192)
 ON_GPU = Size(2048, 16, 8192, 32, 8, 128_256)
 """Llama-3.2-1B."""
@@ -84,30 +85,39 @@ async def main() -> None:
     parser.add_argument("--device", choices=CASES, default="CPU")
     parser.add_argument("--case", action="append", help="one of those that there are; several may be given")
     parser.add_argument("--json", action="store_true", help="one JSON object for each case instead of a table")
+    parser.add_argument("--keep", action="store_true", help="write results.md, or results-cuda.md, beside this file")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="bench-sizing-"))
     s3 = await ours.S3.start(folder / "s3")
+    rows = [HEAD]
     if not options.json:
-        print("| case | predicted | measured | predicted / measured |\n| --- | --- | --- | --- |")
+        print(HEAD)
     try:
         s3.create_bucket(ours.BUCKET)
         for number, name in enumerate(options.case or CASES[options.device]):
             case = CASES[options.device][name]
             found = await asyncio.to_thread(measure, case, options.device, folder / str(number), s3)
-            tell(name, *found, as_json=options.json)
+            rows.append(tell(name, *found, as_json=options.json))
+        if options.keep:
+            file = "results.md" if options.device == "CPU" else "results-cuda.md"
+            title = f"# Predicted and measured memory\n\nBy `measure.py --device {options.device} --keep`.\n\n"
+            (Path(__file__).parent / file).write_text(title + "\n".join(rows) + "\n")
     finally:
         await s3.stop()
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def tell(name: str, parts: list[Term], measured: float, as_json: bool) -> None:
+def tell(name: str, parts: list[Term], measured: float, as_json: bool) -> str:
+    """The row of the table."""
     predicted = sum(term.bytes for term in parts)
+    row = f"| {name} | {predicted / 1e6:,.0f} MB | {measured / 1e6:,.0f} MB | {predicted / measured:.2f} |"
     if as_json:
         print(json.dumps({"case": name, "predicted": predicted, "measured": measured}), flush=True)
-        return
-    print(f"| {name} | {predicted / 1e6:,.0f} MB | {measured / 1e6:,.0f} MB | {predicted / measured:.2f} |", flush=True)
+        return row
+    print(row, flush=True)
     told = ", ".join(f"{term.name} {term.bytes / 1e6:,.0f}" for term in parts)
     print(f"  {told} MB", file=sys.stderr, flush=True)
+    return row
 
 
 def measure(case: Case, device: str, folder: Path, s3: Any) -> tuple[list[Term], float]:
