@@ -9,7 +9,6 @@ import datetime
 import logging
 import math
 import re
-import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,17 +21,16 @@ from pydantic import ValidationError
 from finetune_api import API_VERSION
 from finetune_api.model import problems_of
 from finetune_api.progress import ProgressReport, TrainerStatus
-from finetune_operator import tls
 from finetune_operator.cluster import ApiError
 from finetune_operator.metrics import Metrics
 from finetune_operator.progress_auth import Authenticator, ProgressCluster, Refused, check_pod, current_attempt
 from finetune_operator.progress_state import Buckets, JobKey, ProgressBook
 from finetune_operator.progress_writer import ProgressWriter
+from finetune_operator.serving import Listening, TlsServer
 
 logger = logging.getLogger(__name__)
 
 MAX_BODY = 64 * 1024
-TLS_REFRESH_SECONDS = 300.0
 _PATH = re.compile(rf"/apis/{API_VERSION}/namespaces/([a-z0-9-]{{1,63}})/finetunejobs/([a-z0-9.-]{{1,253}})/status")
 
 
@@ -57,24 +55,6 @@ class ProgressOptions:
     """From the connection's first byte to the answer's last."""
     call_seconds: float = 4.0
     """For the API server's part of a request: a stock Trainer gives up after five."""
-
-
-class _Connections(web.Server):
-    """At most `limit` connections, each for `seconds` in all: whoever dawdles over headers or body is cut off."""
-
-    def __init__(self, handler: Any, *, limit: int, seconds: float) -> None:
-        super().__init__(handler, handler_cancellation=True, access_log=None, auto_decompress=False, lingering_time=2.0)
-        self._limit, self._seconds = limit, seconds
-        self._deadlines: dict[web.RequestHandler, asyncio.TimerHandle] = {}
-
-    def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
-        super().connection_made(handler, transport)
-        seconds = self._seconds if len(self._deadlines) < self._limit else 0.0
-        self._deadlines[handler] = asyncio.get_running_loop().call_later(seconds, transport.abort)
-
-    def connection_lost(self, handler: web.RequestHandler, exc: BaseException | None = None) -> None:
-        self._deadlines.pop(handler).cancel()
-        super().connection_lost(handler, exc)
 
 
 class ProgressServer:
@@ -102,58 +82,31 @@ class ProgressServer:
             monotonic=monotonic,
             call_seconds=options.call_seconds * 2,
         )
-        self._tasks: list[asyncio.Task[None]] = []
-        self.port = options.port
+        listening = Listening(
+            options.tls_folder,
+            options.hosts,
+            options.host,
+            options.port,
+            max_connections=options.max_connections,
+            connection_seconds=options.request_seconds,
+        )
+        self._server = TlsServer("progress server", self._answer, listening, clock=clock)
 
     async def start(self) -> None:
         """Listens. Raises tls.TlsError, OSError."""
-        files = self._ensure_certificate()
-        context = files.context()
-        self._connections = _Connections(
-            self._answer, limit=self._options.max_connections, seconds=self._options.request_seconds
-        )
-        self._server = await asyncio.get_running_loop().create_server(
-            self._connections,
-            self._options.host,
-            self._options.port,
-            ssl=context,
-            ssl_handshake_timeout=5.0,
-            ssl_shutdown_timeout=2.0,
-            backlog=512,
-        )
-        self.port = self._server.sockets[0].getsockname()[1]
-        self._tasks = [
-            asyncio.create_task(self._writer.run(), name="progress writer"),
-            asyncio.create_task(self._refresh_certificate(context, files), name="progress certificate"),
-        ]
+        await self._server.start()
+        self._writing = asyncio.create_task(self._writer.run(), name="progress writer")
 
     async def stop(self) -> None:
         """Takes no more, and writes what waits."""
-        self._server.close()
-        self._connections.pre_shutdown()
-        await self._connections.shutdown(timeout=2.0)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._server.stop()
+        self._writing.cancel()
+        await asyncio.gather(self._writing, return_exceptions=True)
         await self._writer.drain()
 
-    def _ensure_certificate(self) -> tls.TlsFiles:
-        now = datetime.datetime.fromtimestamp(self._clock(), datetime.UTC)
-        return tls.ensure(self._options.tls_folder, self._options.hosts, now)
-
-    async def _refresh_certificate(self, context: ssl.SSLContext, files: tls.TlsFiles) -> None:
-        """Serves what was renewed, by us or by whoever fills the folder."""
-        version = files.version()
-        while True:
-            await asyncio.sleep(TLS_REFRESH_SECONDS)
-            try:
-                files = self._ensure_certificate()
-                if files.version() != version:
-                    files.load(context)
-                    version = files.version()
-                    logger.info("the progress server's certificate was renewed")
-            except (tls.TlsError, OSError) as error:
-                logger.error("the progress server's certificate could not be renewed: %s", error)
+    @property
+    def port(self) -> int:
+        return self._server.port
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         try:
