@@ -1,8 +1,9 @@
 """FineTuneProfile: what the platform team owns. Whatever decides a pod's form and place comes from here."""
 
-from typing import Annotated, Any, ClassVar, Literal
+import ipaddress
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, StringConstraints
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
 from finetune_api.model import ApiModel, Label, Quantity, Rule, ShortText, Subdomain
 from finetune_api.run import StorageConfig
@@ -65,12 +66,74 @@ class EnvVar(ApiModel):
     value: Annotated[str, StringConstraints(max_length=4096)] = ""
 
 
+def _network(text: str) -> str:
+    try:
+        ipaddress.ip_network(text)
+    except ValueError as error:
+        raise ValueError(f"it must be a network such as 10.0.0.0/8; {error}") from None
+    return text
+
+
+Cidr = Annotated[str, StringConstraints(pattern=r"^[0-9a-f.:]+/[0-9]{1,3}$", max_length=64), AfterValidator(_network)]
+
+
+class Egress(ApiModel):
+    """Where pods may go besides each other, DNS and the progress server."""
+
+    rules: ClassVar = (
+        Rule(
+            "has(self.cidr) != has(self.podNamespace)",
+            "exactly one of cidr and podNamespace must be given",
+            lambda self: (self.cidr is None) != (self.pod_namespace is None),
+        ),
+        Rule(
+            "has(self.cidr) || !has(self.except) || size(self.except) == 0",
+            "except is allowed only beside cidr",
+            lambda self: self.cidr is not None or not self.excluded,
+            field="except",
+        ),
+        Rule(
+            "has(self.podNamespace) || !has(self.podLabels) || size(self.podLabels) == 0",
+            "podLabels is allowed only beside podNamespace",
+            lambda self: self.pod_namespace is not None or not self.pod_labels,
+            field="podLabels",
+        ),
+    )
+    cidr: Cidr | None = None
+    """Addresses outside of the cluster."""
+    excluded: Annotated[list[Cidr], Field(alias="except", max_length=32)] = []
+    """Parts of cidr that are not meant."""
+    pod_namespace: Label | None = None
+    """Pods of a namespace, such as a store or a proxy in the cluster."""
+    pod_labels: Annotated[dict[str, ShortText], Field(max_length=16)] = {}
+    """Those of them that carry these; none: all of the namespace."""
+    ports: Annotated[list[Annotated[int, Field(ge=1, le=65535)]], Field(max_length=32)] = []
+    """Of the pods themselves, not of a Service before them; none: all."""
+    protocol: Literal["TCP", "UDP"] = "TCP"
+
+    @model_validator(mode="after")
+    def _inside(self) -> Self:
+        for part in self.excluded:
+            whole, inner = ipaddress.ip_network(self.cidr or part), ipaddress.ip_network(part)
+            if whole.version != inner.version or inner == whole or not inner.subnet_of(whole):  # type: ignore[arg-type]
+                raise ValueError(f"except: found {part}; it must be a smaller part of cidr, {self.cidr}")
+        return self
+
+
 class Budget(ApiModel):
     gpu_hours: Annotated[float, Field(gt=0)]
     period: Literal["Day", "Week", "Month"] = "Month"
 
 
 class FineTuneProfileSpec(ApiModel):
+    rules: ClassVar = (
+        Rule(
+            "!has(self.egress) || size(self.egress) == 0 || (has(self.networkPolicy) && self.networkPolicy)",
+            "egress is allowed only where networkPolicy is true",
+            lambda self: not self.egress or self.network_policy,
+            field="egress",
+        ),
+    )
     image: Annotated[str, StringConstraints(pattern=r"^[^\s]+$", min_length=1, max_length=1024)]
     """The trainer image, by digest in production."""
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = None
@@ -95,6 +158,10 @@ class FineTuneProfileSpec(ApiModel):
     storage: StorageConfig = StorageConfig()
     environment: Annotated[list[EnvVar], Field(max_length=64)] = []
     network_policy: bool = False
+    """Whether each attempt gets a NetworkPolicy: its pods reach each other, DNS, the progress server and what `egress`
+    names. It takes a network plugin that enforces them."""
+    egress: Annotated[list[Egress], Field(max_length=32)] = []
+    """Empty: the place of storage.endpoint, and without one every address but link-local ones, at port 443."""
     defaults: Annotated[
         dict[str, Any] | None, Field(json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})
     ] = None

@@ -71,7 +71,6 @@ def unsupported_profile(spec: FineTuneProfileSpec) -> list[Problem]:
         ("locked", bool(spec.locked), "no locked fields"),
         ("budget", spec.budget is not None, "no budget"),
         ("defaults", spec.defaults is not None, "no defaults"),
-        ("networkPolicy", spec.network_policy, "policies that are applied beside it"),
     )
     return [
         Problem(("spec", name), f"is not enforced yet; this version supports {allowed}")

@@ -76,6 +76,7 @@ KINDS: Mapping[str, Kind] = {
     "Pod": Kind("/api/v1", "pods"),
     "Service": Kind("/api/v1", "services"),
     "ConfigMap": Kind("/api/v1", "configmaps"),
+    "NetworkPolicy": Kind("/apis/networking.k8s.io/v1", "networkpolicies"),
     "Event": Kind("/api/v1", "events"),
     "Lease": Kind("/apis/coordination.k8s.io/v1", "leases"),
     "TokenReview": Kind("/apis/authentication.k8s.io/v1", "tokenreviews", namespaced=False),

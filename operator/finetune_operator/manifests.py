@@ -19,6 +19,7 @@ from finetune_api.profile import FineTuneProfile, FineTuneProfileSpec
 from finetune_api.progress import audience
 from finetune_api.run import Devices, PreparedSummary, RunConfig
 from finetune_api.sizing import Sizing
+from finetune_operator import network
 
 Object = dict[str, Any]
 
@@ -67,7 +68,7 @@ def devices(spec: FineTuneJobSpec, profile: FineTuneProfileSpec, workers: int | 
 
 
 def prepare(job: FineTuneJob, profile: FineTuneProfile, context: Context) -> tuple[Object, ...]:
-    """ConfigMap and Job of the step that checks and converts the data; no GPU is asked for. The Job comes last."""
+    """Job of the step that checks and converts the data, and before it what its pod needs; no GPU is asked for."""
     builder = _Builder(job, profile, context, None)
     codes = sorted(code for reason, code in EXIT_CODES.items() if outcome_of(reason) == "Permanent")
     policy: list[Object] = [
@@ -78,6 +79,7 @@ def prepare(job: FineTuneJob, profile: FineTuneProfile, context: Context) -> tup
     amounts = {"cpu": resources.cpu, "memory": resources.memory}
     template = builder.pod("prepare", {"requests": amounts, "limits": {"memory": resources.memory}}, "256Mi", {}, [])
     return (
+        *builder.network_policy(),
         builder.config_map(None, ()),
         builder.job(template, pods=1, retries=PREPARE_RETRIES, policy=policy, labels={}, suspend=False),
     )
@@ -93,7 +95,8 @@ def gang(
     workers: int | None = None,
     affinity: Object | None = None,
 ) -> tuple[Object, ...]:
-    """Service, ConfigMap and Indexed Job of one attempt; the Job comes last, so that its pods find the others.
+    """Service, NetworkPolicy where the profile wants one, ConfigMap and Indexed Job of one attempt; the Job comes last,
+    so that its pods find the others.
 
     `sizings`: one for each stage; `workers`: where they are fewer than the spec asks for.
     """
@@ -127,6 +130,7 @@ def gang(
     labels = {QUEUE_LABEL: queue and queue.name, PRIORITY_LABEL: queue and queue.priority_class_name}
     return (
         builder.service(),
+        *builder.network_policy(),
         builder.config_map(prepared, sizings),
         builder.job(
             template,
@@ -214,8 +218,16 @@ class _Builder:
             ],
         }
 
+    def selector(self) -> dict[str, str]:
+        """The pods of this attempt, and no others."""
+        return {key: self.labels()[key] for key in (JOB_LABEL, ATTEMPT_LABEL)}
+
+    def network_policy(self) -> tuple[Object, ...]:
+        if not self.profile.spec.network_policy:
+            return ()
+        return (network.policy(self.meta(), self.selector(), self.profile.spec, self.context.progress_url),)
+
     def service(self) -> Object:
-        selector = {key: self.labels()[key] for key in (JOB_LABEL, ATTEMPT_LABEL)}
         return {
             "apiVersion": "v1",
             "kind": "Service",
@@ -224,7 +236,7 @@ class _Builder:
                 "clusterIP": "None",
                 # Ranks look for pod 0 before it is ready: nothing here ever is.
                 "publishNotReadyAddresses": True,
-                "selector": selector,
+                "selector": self.selector(),
                 "ports": [{"name": "rendezvous", "port": PORT, "targetPort": PORT, "protocol": "TCP"}],
             },
         }

@@ -204,14 +204,26 @@ def _superfluous(observed: Observed, step: Step) -> tuple[Deletion, ...]:
     ]
     ended = {a.number for a in step.decision.attempts if a.outcome}
     old = [child for child in observed.gangs if child.finished and child.attempt in ended][:-KEEP_ENDED]
-    return tuple(deletion for child in (*unwanted, *old) if not child.deleting for deletion in _whole(child))
+    whole = (deletion for child in (*unwanted, *old) if not child.deleting for deletion in _whole(child))
+    return (*whole, *_outlived(observed, step))
 
 
 def _whole(child: Child) -> tuple[Deletion, ...]:
     """The Job comes last: as long as it is there, what belongs to it is still to be deleted. The ConfigMap of `prepare`
     stays, for the next one of the same name."""
-    parts = () if child.attempt is None else ("Service", "ConfigMap")
+    kinds = ("Service", "ConfigMap", "NetworkPolicy") if child.finished else ("Service", "ConfigMap")
+    parts = () if child.attempt is None else kinds
     return (*(Deletion(kind, child.name, None) for kind in parts), Deletion("Job", child.name, child.uid))
+
+
+def _outlived(observed: Observed, step: Step) -> tuple[Deletion, ...]:
+    """The NetworkPolicy of a gang that was deleted while it ran: its pods were to save what they had, and nothing else,
+    so it goes when the next gang comes, for which they were waited for."""
+    if not any(manifest["kind"] == "NetworkPolicy" for manifest in step.create) or len(step.decision.attempts) < 2:
+        return ()
+    former = step.decision.attempts[-2]
+    there = any(child.attempt == former.number for child in observed.gangs)
+    return () if there else (Deletion("NetworkPolicy", former.job, None),)
 
 
 def _after_the_end(subject: Subject, observed: Observed, now: datetime.datetime) -> Plan:

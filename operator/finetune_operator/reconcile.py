@@ -21,6 +21,10 @@ Key = tuple[str, str]
 """Namespace and name of a FineTuneJob."""
 
 
+_DECIDED = {"ConfigMap": ("data",), "NetworkPolicy": ("spec",)}
+"""What of a child depends on the profile, and is not told by its name."""
+
+
 class Collision(Exception):
     """A child's name belongs to an object of somebody else's."""
 
@@ -194,7 +198,7 @@ async def _create(cluster: Cluster, subject: Subject, manifest: Object) -> tuple
         if _of_namesake(found, subject):
             raise NotYet(f"{kind} {name} is of an earlier FineTuneJob and waits for garbage collection")
         raise Collision(kind, name)
-    if kind == "ConfigMap" and found.get("data") != manifest["data"]:
+    if any(found.get(part) != manifest[part] for part in _DECIDED.get(kind, ())):
         # Left by a try that was cut short under another profile; no Job refers to it yet.
         await cluster.delete(kind, subject.namespace, name, found["metadata"]["uid"])
         raise NotYet(f"{kind} {name} is out of date")
