@@ -45,6 +45,8 @@ class Controller:
         self._children = ChildNews()
         self._prepare_pods: dict[Key, str] = {}
         """Pods that prepared the data of jobs whose next reconcile has not used that yet."""
+        self._added: dict[Key, float] = {}
+        """Keys on the queue, and since when."""
         self._stack = AsyncExitStack()
         self._heard: float | None = None
         self._listed = False
@@ -113,20 +115,26 @@ class Controller:
     def on_job(self, kind: str | None, raw: Object) -> None:
         """A watch event of a FineTuneJob; `kind` is DELETED, or anything else."""
         key = raw["metadata"]["namespace"], raw["metadata"]["name"]
+        self.metrics.watched("FineTuneJob")
         if kind == "DELETED":
+            self.metrics.jobs.forget(key)
             self._jobs.forget(key)
             self._prepare_pods.pop(key, None)
             self._add(key)
-        elif self._jobs.heard(key, job_fingerprint(raw)):
+            return
+        self._measure(raw)
+        if self._jobs.heard(key, job_fingerprint(raw)):
             self._add(key)
 
     def on_child(self, kind: str | None, raw: Object) -> None:
         """A watch event of a Job."""
+        self.metrics.watched("Job")
         if (key := child_of(raw)) and self._children.heard(raw, job_facts(raw, gone=kind == "DELETED")):
             self._add(key)
 
     def on_pod(self, kind: str | None, raw: Object) -> None:
         """A watch event of a pod; `kind` is None for those that were there before the watch."""
+        self.metrics.watched("Pod")
         if (key := child_of(raw)) is None:
             return
         if kind and prepares(raw) and raw.get("status", {}).get("phase") == "Succeeded":
@@ -147,10 +155,18 @@ class Controller:
         if not self._acting:
             return
         self.metrics.queue_adds.inc()
+        self._added.setdefault(key, self._clock())
         self._queue.add(key)
+
+    def _measure(self, raw: Object) -> None:
+        """Of several operators, only the one that acts counts jobs: else they would be counted several times."""
+        if self._acting:
+            self.metrics.jobs.note(raw)
 
     async def _work(self, key: Key) -> float | None:
         start = self._clock()
+        if (added := self._added.pop(key, None)) is not None:
+            self.metrics.waited(start - added)
         version: int | None = None
         self._jobs.begin(key)
         try:
@@ -164,7 +180,10 @@ class Controller:
             if self._jobs.done(key, version):
                 self._add(key)
         self.metrics.reconciled(self._clock() - start)
-        self.metrics.job_state(key, result.state)
+        if result.job:
+            self._measure(result.job)
+        else:
+            self.metrics.jobs.forget(key)
         if result.state != "Preparing":
             self._prepare_pods.pop(key, None)
         return result.after
@@ -192,6 +211,7 @@ class Controller:
         """Looks at every job, and puts those on the queue for which there is something to do: three LISTs, instead of
         some requests for each job, tell of nearly all of them that there is nothing."""
         census, namespaces = Census(), self.settings.namespaces
+        missing = self.metrics.jobs.known()
         async for raw in self._cluster.list_all("Job", namespaces):
             if child_of(raw):
                 census.add_job(raw)
@@ -201,25 +221,30 @@ class Controller:
                 census.add_pod(raw)
                 self._children.heard(raw, pod_facts(raw))
         async for raw in self._cluster.list_all("FineTuneJob", namespaces):
+            missing.discard((raw["metadata"]["namespace"], raw["metadata"]["name"]))
             await self._look_at(raw, census)
             await asyncio.sleep(0)  # A page of jobs may be a second's work: watches and reports go on meanwhile.
+        for key in missing:
+            self.metrics.jobs.forget(key)
+        self.metrics.looked_at_all()
         self._listed = True
 
     async def _look_at(self, raw: dict[str, Any], census: Census) -> None:
         key = raw["metadata"]["namespace"], raw["metadata"]["name"]
         # Known by now: the watch begins with the same objects.
         self._jobs.heard(key, job_fingerprint(raw))
+        self._measure(raw)
         if at_rest(raw) and not census.runs(raw["metadata"]["uid"]):
-            self.metrics.job_state(key, raw["status"].get("state"))
             return
         try:
             done = await glance(raw, census, self._context, self._profiles)
         except ValidationError:
             done = None  # The reconcile says what is wrong with it.
         if done is None:
+            if self._listed:
+                self.metrics.resync_found.inc()
             self._add(key)
             return
-        self.metrics.job_state(key, done.state)
         if done.after is not None:
             self._queue.add_after(key, done.after)
 
@@ -254,6 +279,7 @@ class Controller:
         self.metrics.api_call(verb, resource, code, seconds)
         if isinstance(code, int) and code < 500:
             self._heard = self._clock()
+            self.metrics.answer()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled():

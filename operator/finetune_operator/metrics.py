@@ -1,9 +1,9 @@
-"""Prometheus metrics of the operator: every label has a bounded set of values, and no series is of a single job."""
+"""Prometheus metrics of the operator, and the server that tells them: every label has a bounded set of values."""
 
-from collections import Counter as Tally
-from collections.abc import Hashable
+import time
+from collections.abc import Callable
 from types import TracebackType
-from typing import Self, get_args
+from typing import Self
 
 from aiohttp import web
 from prometheus_client import (
@@ -17,12 +17,13 @@ from prometheus_client import (
 )
 from prometheus_client.exposition import choose_encoder
 
-from finetune_api.jobstatus import State
+from finetune_operator.jobmetrics import PREFIX, JobMetrics
+from finetune_operator.ledger import OTHER
 
-STATES: tuple[str, ...] = get_args(State)
-OTHER = "other"
-_PREFIX = "finetune_operator_"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+
+WATCHED = ("FineTuneJob", "Job", "Pod")
 
 
 class Vocabulary:
@@ -44,42 +45,56 @@ class Vocabulary:
 class Metrics:
     """One registry and its instruments. Not thread-safe: it belongs to the event loop of the operator."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        """`clock`: seconds since the epoch."""
         registry = self.registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
         GCCollector(registry=registry)
-        self._reconciles = Counter(_PREFIX + "reconciles", "Reconciles by result.", ["result"], registry=registry)
+        self._reconciles = Counter(PREFIX + "reconciles", "Reconciles by result.", ["result"], registry=registry)
         self._reconcile_seconds = Histogram(
-            _PREFIX + "reconcile_seconds", "Duration of a reconcile.", registry=registry, buckets=_SECONDS
+            PREFIX + "reconcile_seconds", "Duration of a reconcile.", registry=registry, buckets=_SECONDS
         )
-        self._errors = Counter(_PREFIX + "reconcile_errors", "Failed reconciles by kind.", ["kind"], registry=registry)
-        self.queue_depth = Gauge(_PREFIX + "queue_depth", "Keys that wait for a reconcile.", registry=registry)
+        self._errors = Counter(PREFIX + "reconcile_errors", "Failed reconciles by kind.", ["kind"], registry=registry)
+        self.queue_depth = Gauge(PREFIX + "queue_depth", "Keys that wait for a reconcile.", registry=registry)
         """`set_function(lambda: len(queue))` reads it when it is scraped."""
-        self.leader = Gauge(_PREFIX + "leader", "1 where this operator acts, 0 where it stands by.", registry=registry)
-        self.queue_adds = Counter(_PREFIX + "queue_adds", "Keys put on the queue.", registry=registry)
-        self.queue_retries = Counter(_PREFIX + "queue_retries", "Keys put back after an error.", registry=registry)
+        self.leader = Gauge(PREFIX + "leader", "1 where this operator acts, 0 where it stands by.", registry=registry)
+        self._queue_seconds = Histogram(
+            PREFIX + "queue_seconds", "How long a key waited for a worker.", registry=registry, buckets=_SECONDS
+        )
+        self.queue_adds = Counter(PREFIX + "queue_adds", "Keys put on the queue.", registry=registry)
+        self.queue_retries = Counter(PREFIX + "queue_retries", "Keys put back after an error.", registry=registry)
         self._api_requests = Counter(
-            _PREFIX + "api_requests", "Requests to the API server.", ["verb", "resource", "code"], registry=registry
+            PREFIX + "api_requests", "Requests to the API server.", ["verb", "resource", "code"], registry=registry
         )
         self._api_seconds = Histogram(
-            _PREFIX + "api_request_seconds",
+            PREFIX + "api_request_seconds",
             "Duration of a request to the API server.",
             ["verb"],
             registry=registry,
             buckets=_SECONDS,
         )
-        self._jobs = Gauge(_PREFIX + "jobs", "FineTuneJobs by state.", ["state"], registry=registry)
+        self.jobs = JobMetrics(registry, clock)
         self._reports = Counter(
-            _PREFIX + "progress_reports", "Progress reports by result.", ["result"], registry=registry
+            PREFIX + "progress_reports", "Progress reports by result.", ["result"], registry=registry
         )
         self._progress_writes = Counter(
-            _PREFIX + "progress_writes", "Writes of status.trainerStatus by result.", ["result"], registry=registry
+            PREFIX + "progress_writes", "Writes of status.trainerStatus by result.", ["result"], registry=registry
         )
-        self._states: dict[Hashable, str] = {}
+        self._events = Counter(PREFIX + "watch_events", "Events that watches told.", ["kind"], registry=registry)
+        for kind in WATCHED:
+            self._events.labels(kind)
+        self.answered = Gauge(
+            PREFIX + "api_answer_timestamp_seconds", "When the API server last answered.", registry=registry
+        )
+        self.looked = Gauge(
+            PREFIX + "resync_timestamp_seconds", "When all jobs were last looked at.", registry=registry
+        )
+        self.resync_found = Counter(
+            PREFIX + "resync_found", "Jobs with work that a look at all of them found.", registry=registry
+        )
+        self._clock = clock
         self._words = {name: Vocabulary(limit) for name, limit in _LIMITS.items()}
-        for state in STATES:
-            self._jobs.labels(state).set(0)
 
     def reconciled(self, seconds: float, error: BaseException | None = None) -> None:
         """One reconcile that took so long, and what it raised."""
@@ -95,21 +110,20 @@ class Metrics:
         self._api_requests.labels(*labels).inc()
         self._api_seconds.labels(verb).observe(seconds)
 
-    def job_state(self, key: Hashable, state: str | None) -> None:
-        """The state of one job now; None = the job is gone, and what it was counted in forgets it."""
-        before = self._states.pop(key, None)
-        if state is not None:
-            state = self._states[key] = state if state in STATES else OTHER
-        if before == state:
-            return
-        if before is not None:
-            self._jobs.labels(before).dec()
-        if state is not None:
-            self._jobs.labels(state).inc()
+    def waited(self, seconds: float) -> None:
+        """A key that a worker has taken, and how long it was on the queue."""
+        self._queue_seconds.observe(seconds)
 
-    def jobs_by_state(self) -> dict[str, int]:
-        """What the gauge counts, from the jobs themselves."""
-        return dict(Tally(self._states.values()))
+    def watched(self, kind: str) -> None:
+        """One event of a watch, of a kind in WATCHED."""
+        self._events.labels(kind).inc()
+
+    def looked_at_all(self) -> None:
+        self.looked.set(self._clock())
+
+    def answer(self) -> None:
+        """The API server has answered, if only with a refusal."""
+        self.answered.set(self._clock())
 
     def report(self, result: str) -> None:
         """One answered progress report: `accepted`, or the reason of its refusal."""

@@ -4,7 +4,7 @@ import aiohttp
 import pytest
 from prometheus_client import generate_latest
 
-from finetune_operator.metrics import STATES, Metrics, MetricsServer
+from finetune_operator.metrics import Metrics, MetricsServer
 
 
 def series(metrics: Metrics) -> int:
@@ -13,33 +13,6 @@ def series(metrics: Metrics) -> int:
 
 def value(metrics: Metrics, name: str, **labels: str) -> float | None:
     return metrics.registry.get_sample_value(f"finetune_operator_{name}", labels or None)
-
-
-def test_ten_thousand_jobs_add_no_series() -> None:
-    metrics = Metrics()
-    before = series(metrics)
-    for number in range(10_000):
-        metrics.job_state(("team-a", f"job-{number}"), "Running")
-    assert series(metrics) == before
-    assert value(metrics, "jobs", state="Running") == 10_000
-    for number in range(10_000):
-        metrics.job_state(("team-a", f"job-{number}"), None)
-    assert value(metrics, "jobs", state="Running") == 0
-    assert metrics.jobs_by_state() == {}
-
-
-def test_a_job_is_counted_in_the_state_it_is_in() -> None:
-    metrics = Metrics()
-    for state in ("Pending", "Pending", "Running", "Complete"):
-        metrics.job_state("a", state)
-    metrics.job_state("b", "Complete")
-    metrics.job_state("never seen", None)
-    assert {state: value(metrics, "jobs", state=state) for state in STATES if value(metrics, "jobs", state=state)} == {
-        "Complete": 2
-    }
-    assert metrics.jobs_by_state() == {"Complete": 2}
-    metrics.job_state("b", "Invented")
-    assert value(metrics, "jobs", state="other") == 1
 
 
 def test_labels_are_bounded() -> None:
@@ -65,12 +38,26 @@ def test_reconciles_and_calls_are_counted() -> None:
     metrics.reconciled(0.2, TimeoutError())
     metrics.api_call("PATCH", "finetunejobs", 200, 0.01)
     metrics.queue_depth.set_function(lambda: 7)
+    metrics.waited(0.3)
+    metrics.watched("Pod")
     assert value(metrics, "reconciles_total", result="success") == 1
     assert value(metrics, "reconciles_total", result="error") == 1
     assert value(metrics, "reconcile_errors_total", kind="TimeoutError") == 1
     assert value(metrics, "reconcile_seconds_count") == 2
     assert value(metrics, "api_requests_total", verb="PATCH", resource="finetunejobs", code="200") == 1
     assert value(metrics, "queue_depth") == 7
+    assert value(metrics, "queue_seconds_sum") == 0.3
+    assert value(metrics, "watch_events_total", kind="Pod") == 1
+    assert value(metrics, "watch_events_total", kind="FineTuneJob") == 0
+
+
+def test_when_the_api_server_and_the_jobs_were_last_seen() -> None:
+    times = iter(range(100, 200))
+    metrics = Metrics(clock=lambda: next(times))
+    metrics.answer()
+    metrics.looked_at_all()
+    assert value(metrics, "api_answer_timestamp_seconds") == 101
+    assert value(metrics, "resync_timestamp_seconds") == 102
 
 
 @pytest.mark.parametrize(
@@ -85,5 +72,5 @@ async def test_the_server_answers(method: str, path: str, status: int) -> None:
     ):
         assert response.status == status
         if (method, status) == ("GET", 200):
-            assert 'finetune_operator_jobs{state="Running"} 0.0' in await response.text()
+            assert 'finetune_operator_jobs{reason="",state="Running"} 0.0' in await response.text()
             assert response.headers["Content-Type"].startswith("text/plain")

@@ -1,0 +1,204 @@
+"""PURE. A FineTuneJob as the API server sends it -> the few figures of it that are measured."""
+
+import datetime
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from finetune_api.failures import Reason
+from finetune_operator.accept import MANAGER
+
+Object = Mapping[str, Any]
+Key = tuple[str, str]
+"""Namespace and name of a FineTuneJob."""
+FINISHED = ("Complete", "Failed")
+HOLDING = ("Running", "Evaluating", "Publishing")
+"""States in which a gang runs."""
+_REASONS = frozenset(map(str, Reason))
+
+
+class Run(NamedTuple):
+    """One attempt. Times are seconds since the epoch."""
+
+    number: int
+    gpus: int
+    """CPU processes where the profile has no GPU."""
+    started: float | None
+    """When its last worker began to run."""
+    ended: float | None
+    outcome: str | None
+    """None while it runs."""
+    reason: str
+
+    def gpu_seconds(self, now: float) -> float:
+        if self.started is None:
+            return 0.0
+        end = now if self.outcome is None else self.ended or self.started
+        return self.gpus * max(0.0, end - self.started)
+
+
+class Training(NamedTuple):
+    """What the attempt that runs has told of itself."""
+
+    attempt: int | None
+    phase: str
+    step: int | None
+    total_steps: int | None
+    progress: float | None
+    """0 to 1."""
+    remaining_seconds: float | None
+    reported: float | None
+    metrics: Mapping[str, float]
+
+
+class Sight(NamedTuple):
+    """One FineTuneJob at one resourceVersion."""
+
+    key: Key
+    uid: str
+    version: int | None
+    """None where the server's versions are no numbers: then nothing can be said of their order."""
+    created: float
+    state: str
+    reason: str
+    """Of the closed list; empty where nothing is wrong."""
+    profile: str
+    gpus: int
+    """That it asks for."""
+    since: float | None
+    """When it came into its state, as far as its status tells."""
+    runs: tuple[Run, ...]
+    training: Training | None
+    checkpoint: float | None
+    """When the newest one was made."""
+    completed: float | None
+    published_bytes: int
+
+    @property
+    def finished(self) -> bool:
+        return self.state in FINISHED
+
+    @property
+    def word(self) -> str:
+        """The state; `Loading` for a gang that runs and has not begun its first step."""
+        if self.state != "Running":
+            return self.state
+        current = (
+            self.training if self.training and self.runs and self.training.attempt == self.runs[-1].number else None
+        )
+        begun = current is not None and (current.step is not None or current.phase not in ("", "Loading"))
+        return "Running" if begun else "Loading"
+
+    @property
+    def holds(self) -> int:
+        """GPUs that it has now."""
+        return sum(run.gpus for run in self.runs if run.outcome is None and run.started is not None)
+
+    def gpu_seconds(self, now: float) -> float:
+        return sum(run.gpu_seconds(now) for run in self.runs)
+
+
+def read(raw: Object) -> Sight | None:
+    """Of what the CRD's schema lets through; None where the job is another controller's."""
+    meta, spec, status = raw["metadata"], raw.get("spec") or {}, raw.get("status") or {}
+    if (spec.get("runPolicy") or {}).get("managedBy", MANAGER) != MANAGER:
+        return None
+    conditions = {c["type"]: c for c in status.get("conditions") or ()}
+    state = status.get("state") or "Pending"
+    per_worker = (spec.get("distribution") or {}).get("gpusPerWorker", 1)
+    runs = tuple(_run(attempt, per_worker) for attempt in status.get("attempts") or ())
+    version = meta.get("resourceVersion", "")
+    created = _seconds(meta["creationTimestamp"]) or 0.0
+    return Sight(
+        key=(meta["namespace"], meta["name"]),
+        uid=meta["uid"],
+        version=int(version) if version.isdigit() else None,
+        created=created,
+        state=state,
+        reason=_reason(state, conditions),
+        profile=spec.get("profile") or "",
+        gpus=(spec.get("distribution") or {}).get("workers", 1) * per_worker,
+        since=_since(state, created, status, conditions),
+        runs=runs,
+        training=_training(status.get("trainerStatus")),
+        checkpoint=_seconds((status.get("checkpoint") or {}).get("time")),
+        completed=_seconds(status.get("completionTime")),
+        published_bytes=(status.get("result") or {}).get("sizeBytes", 0),
+    )
+
+
+def _run(attempt: Object, per_worker: int) -> Run:
+    return Run(
+        number=attempt["number"],
+        gpus=(attempt.get("workers") or 0) * per_worker,
+        started=_seconds(attempt.get("startTime")),
+        ended=_seconds(attempt.get("completionTime")),
+        outcome=attempt.get("outcome"),
+        reason=_known(attempt.get("reason")),
+    )
+
+
+def _training(told: Object | None) -> Training | None:
+    if not told:
+        return None
+    progress = told.get("progressPercentage")
+    return Training(
+        attempt=told.get("attempt"),
+        phase=told.get("phase") or "",
+        step=told.get("step"),
+        total_steps=told.get("totalSteps"),
+        progress=None if progress is None else progress / 100,
+        remaining_seconds=told.get("estimatedRemainingSeconds"),
+        reported=_seconds(told.get("lastUpdatedTime")),
+        metrics=dict(_figures(told)),
+    )
+
+
+def _figures(told: Object) -> list[tuple[str, float]]:
+    found = []
+    for metric in told.get("metrics") or ():
+        try:
+            value = float(metric["value"])
+        except ValueError:
+            continue  # A trainer may tell words too.
+        if math.isfinite(value):
+            found.append((metric["name"], value))
+    return found
+
+
+def _reason(state: str, conditions: Mapping[str, Object]) -> str:
+    """What is wrong: a failure, a job that is not accepted, pods that cannot run."""
+    if state == "Complete":
+        return ""
+    for kind in ("Failed", "Accepted", "Running"):
+        condition = conditions.get(kind)
+        if condition and (condition["status"] == "True") == (kind == "Failed") and (why := _known(condition["reason"])):
+            return why
+    return ""
+
+
+def _known(reason: str | None) -> str:
+    return reason if reason in _REASONS else ""
+
+
+def _since(state: str, created: float, status: Object, conditions: Mapping[str, Object]) -> float | None:
+    attempts = status.get("attempts") or ()
+    last: Object = attempts[-1] if attempts else {}
+    match state:
+        case "Pending":
+            return created
+        case "Preparing":
+            return _seconds(status.get("startTime"))
+        case "Starting" | "Queued":
+            return _seconds(last.get("creationTime"))
+        case "Running" | "Evaluating" | "Publishing":
+            return _seconds(last.get("startTime"))
+        case "Retrying":
+            return _seconds(last.get("completionTime"))
+        case "Suspended" | "Complete" | "Failed":
+            return _seconds((conditions.get(state) or {}).get("lastTransitionTime"))
+    return None
+
+
+def _seconds(text: str | None) -> float | None:
+    return datetime.datetime.fromisoformat(text).timestamp() if text else None
