@@ -80,6 +80,7 @@ KINDS: Mapping[str, Kind] = {
     "Event": Kind("/api/v1", "events"),
     "Lease": Kind("/apis/coordination.k8s.io/v1", "leases"),
     "TokenReview": Kind("/apis/authentication.k8s.io/v1", "tokenreviews", namespaced=False),
+    "SubjectAccessReview": Kind("/apis/authorization.k8s.io/v1", "subjectaccessreviews", namespaced=False),
 }
 
 
@@ -248,6 +249,14 @@ class KubeCluster:
             next(iter(extra.get(f"authentication.kubernetes.io/{key}") or ()), None) for key in ("pod-name", "pod-uid")
         )
         return TokenUser(status["user"].get("username", ""), pod_name, pod_uid)
+
+    async def may(self, user: Mapping[str, Any], attributes: Object) -> bool:
+        """Whether a user (authentication.k8s.io/v1 UserInfo) may do what these resourceAttributes say."""
+        spec: Object = {"user": user.get("username"), "resourceAttributes": attributes}
+        spec |= {key: user[key] for key in ("uid", "groups", "extra") if user.get(key)}
+        review = {"apiVersion": "authorization.k8s.io/v1", "kind": "SubjectAccessReview", "spec": spec}
+        status = (await self._call("POST", _path("SubjectAccessReview", None), {}, review)).get("status", {})
+        return bool(status.get("allowed"))
 
     async def get_pod(self, namespace: str, name: str) -> Object | None:
         return await self.get("Pod", namespace, name)

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
+from finetune_operator.admission import AdmissionOptions, AdmissionServer
 from finetune_operator.cluster import ApiError, KubeCluster, load_configuration
 from finetune_operator.leader import Election, Lost, Terms
 from finetune_operator.manifests import ATTEMPT_LABEL, JOB_LABEL, Context
@@ -261,6 +262,13 @@ class Controller:
         server = ProgressServer(self._cluster, options, self.metrics)
         await server.start()
         self._stack.push_async_callback(server.stop)
+        if settings.admission_port is not None:
+            reviews = AdmissionOptions(
+                options.tls_folder, options.hosts, settings.admission_host, settings.admission_port
+            )
+            webhook = AdmissionServer(self._cluster, self._profiles, reviews, self.metrics)
+            await webhook.start()
+            self._stack.push_async_callback(webhook.stop)
         self._progress_url = (settings.progress_url or f"https://127.0.0.1:{server.port}").rstrip("/")
         await self._read_authority()
 

@@ -78,6 +78,9 @@ class Metrics:
         self._reports = Counter(
             PREFIX + "progress_reports", "Progress reports by result.", ["result"], registry=registry
         )
+        self._reviews = Counter(
+            PREFIX + "admission_reviews", "Admission reviews by result.", ["result"], registry=registry
+        )
         self._progress_writes = Counter(
             PREFIX + "progress_writes", "Writes of status.trainerStatus by result.", ["result"], registry=registry
         )
@@ -128,6 +131,10 @@ class Metrics:
     def report(self, result: str) -> None:
         """One answered progress report: `accepted`, or the reason of its refusal."""
         self._reports.labels(self._words["result"].word(result)).inc()
+
+    def review(self, result: str) -> None:
+        """One admission review: `allowed`, `denied`, `failed`."""
+        self._reviews.labels(result).inc()
 
     def progress_write(self, result: str) -> None:
         """One try to write status.trainerStatus: `written`, `failed`, `dropped`."""

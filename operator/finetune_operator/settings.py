@@ -52,9 +52,13 @@ class Settings(BaseModel):
     """0: chosen by the kernel. Pods keep the address of their start, so give one where a restart must not matter."""
     progress_hosts: Names = ()
     """Further names for the certificate that is made where `tls_folder` has none; the host of progress_url is in it."""
+    admission_host: str = "127.0.0.1"
+    """Where the validating webhook listens; 0.0.0.0 in a cluster."""
+    admission_port: Port | None = None
+    """Port of `POST /validate`; none: it is not served."""
     tls_folder: Path = Path.home() / ".local/state/finetune-operator/tls"
-    """tls.crt, tls.key and ca.crt of the progress server. An empty folder gets an authority of its own, once: pods that
-    run trust it, so it must outlive a restart of the operator."""
+    """tls.crt, tls.key and ca.crt of the progress server and the webhook. An empty folder gets an authority of its own,
+    once: pods that run trust it, so it must outlive a restart of the operator."""
     log_format: Literal["auto", "json", "plain"] = "auto"
     """auto: plain lines on a terminal, one JSON object for each line otherwise."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"

@@ -1,0 +1,158 @@
+"""What the webhook says of objects, by its pure part."""
+
+from typing import Any
+
+import pytest
+
+from finetune_operator.review import Malformed, Request, Verdict, answer, judge_job, judge_profile, uses
+from support.manifests import job_manifest
+from support.world import make_profile
+
+USER = {"username": "alice", "groups": ["team-a"]}
+
+
+def review(new: Any, old: Any = None, **members: Any) -> dict[str, Any]:
+    request = {
+        "uid": "u-1",
+        "kind": {"group": "finetune.dev", "version": "v1alpha1", "kind": new["kind"]},
+        "operation": "UPDATE" if old else "CREATE",
+        "namespace": new["metadata"].get("namespace", ""),
+        "name": new["metadata"].get("name", ""),
+        "userInfo": USER,
+        "object": new,
+        "oldObject": old,
+        **members,
+    }
+    return {"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "request": request}
+
+
+def request(new: Any, old: Any = None, **members: Any) -> Request:
+    return Request.read(review(new, old, **members))
+
+
+def profile(**spec: Any) -> dict[str, Any]:
+    made = make_profile("small", default=True)
+    return made | {"spec": made["spec"] | spec}
+
+
+def job(**spec: Any) -> dict[str, Any]:
+    return job_manifest("bot", "team-a", **spec)
+
+
+def test_a_good_job_is_allowed() -> None:
+    verdict = judge_job(request(job()), [profile()])
+    assert verdict == Verdict()
+    assert answer(request(job()), verdict)["response"] == {"uid": "u-1", "allowed": True}
+
+
+def test_a_spec_that_cannot_run_is_refused_with_its_field() -> None:
+    verdict = judge_job(request(job(baseModel={"uri": "hf://org/name"})), [profile()])
+    status = answer(request(job()), verdict)["response"]["status"]
+    assert (status["code"], status["reason"]) == (422, "Invalid")
+    assert "spec.baseModel.uri: found 'hf://org/name'; this version supports s3:// only" in status["message"]
+
+
+def test_what_the_profile_does_not_allow_is_forbidden_with_what_it_does() -> None:
+    raw = job(distribution={"workers": 4})
+    verdict = judge_job(request(raw), [profile(limits={"maxWorkers": 2})])
+    status = answer(request(raw), verdict)["response"]["status"]
+    assert (status["code"], status["reason"]) == (403, "Forbidden")
+    assert "spec.distribution.workers: found 4; profile 'small' allows at most 2" in status["message"]
+
+
+def test_a_profile_that_comes_later_is_worth_a_warning() -> None:
+    verdict = judge_job(request(job(profile="big")), [])
+    assert verdict.problems == ()
+    (warning,) = answer(request(job()), verdict)["response"]["warnings"]
+    assert "'big' does not exist" in warning
+
+
+def test_an_update_is_refused_only_for_what_it_makes_wrong() -> None:
+    stricter = [profile(limits={"maxWorkers": 2, "maxActiveDeadlineSeconds": 100})]
+    old = job(distribution={"workers": 4})
+    suspended = job(distribution={"workers": 4}, runPolicy={"suspend": True})
+    assert judge_job(request(suspended, old), stricter).problems == ()
+    longer = job(distribution={"workers": 4}, runPolicy={"activeDeadlineSeconds": 101})
+    (problem,) = judge_job(request(longer, old), stricter).problems
+    assert str(problem) == "spec.runPolicy.activeDeadlineSeconds: found 101; profile 'small' allows at most 100"
+
+
+def test_an_update_of_what_was_invalid_before_is_allowed() -> None:
+    old = job(baseModel={"uri": "hf://org/name"})
+    new = job(baseModel={"uri": "hf://org/name"}, runPolicy={"suspend": True})
+    assert judge_job(request(new, old), [profile()]).problems == ()
+
+
+def test_an_object_that_goes_is_not_held_up() -> None:
+    raw = job()
+    raw["metadata"] |= {"deletionTimestamp": "2026-01-01T00:00:00Z"}
+    assert request(raw, job()).leaves
+    assert not request(job()).leaves
+
+
+def test_names_that_the_server_makes_are_no_problem() -> None:
+    raw = job()
+    del raw["metadata"]["name"]
+    raw["metadata"]["generateName"] = "bot-"
+    assert judge_job(request(raw), [profile()]).problems == ()
+
+
+def test_what_a_job_names_is_asked_for_once() -> None:
+    tracking = {"wandb": {"project": "p", "secretRef": {"name": "w"}}, "mlflow": {"uri": "https://m"}}
+    raw = job(credentials={"secretRef": {"name": "keys"}}, tracking=tracking)
+    assert [(use.resource, use.name, use.verbs) for use in uses(request(raw))] == [
+        ("secrets", "keys", ("get", "use")),
+        ("secrets", "w", ("get", "use")),
+    ]
+    assert list(uses(request(raw, raw))) == []
+    (use,) = uses(request(job(credentials={"serviceAccountName": "tuner"})))
+    assert (use.resource, use.verbs) == ("serviceaccounts", ("impersonate", "use"))
+    assert str(use.refusal(USER, "team-a")) == (
+        "spec.credentials.serviceAccountName: found 'tuner'; 'alice' may name only serviceaccounts in 'team-a' on "
+        "which it has the verb impersonate or use"
+    )
+
+
+def test_a_profile_is_judged_by_itself() -> None:
+    assert judge_profile(request(profile())) == Verdict()
+    (problem,) = judge_profile(request(profile(image=""))).problems
+    assert str(problem).startswith("spec.image: found ''")
+    # What was wrong before may be changed elsewhere.
+    assert judge_profile(request(profile(image="", dataCache="1Gi"), profile(image=""))).problems == ()
+
+
+def test_many_problems_are_counted() -> None:
+    raw = job()
+    raw["spec"] |= {f"x{number}": 1 for number in range(40)}
+    status = answer(request(raw), judge_job(request(raw), []))["response"]["status"]
+    assert status["message"].count("does not exist") == 16
+    assert status["message"].endswith("(and 24 more)")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        None,
+        [],
+        {},
+        {"apiVersion": "admission.k8s.io/v1", "request": None},
+        {"apiVersion": "admission.k8s.io/v1beta1", "request": review(job())["request"]},
+        review(job(), operation="DELETE"),
+        review(job(), kind={"kind": "Pod"}),
+        review(job(), kind="FineTuneJob"),
+        review(job(), object=None),
+        review(job(), object={"metadata": None}),
+        review(job(), userInfo=None),
+    ],
+)
+def test_what_is_no_review_is_malformed(body: Any) -> None:
+    with pytest.raises(Malformed):
+        Request.read(body)
+
+
+@pytest.mark.parametrize("spec", [None, [], "x", {"profile": []}, {"credentials": "x"}])
+def test_a_spec_of_no_shape_is_refused_and_breaks_nothing(spec: Any) -> None:
+    raw = job() | {"spec": spec}
+    verdict = judge_job(request(raw), [profile()])
+    assert verdict.problems
+    assert list(uses(request(raw))) == []
