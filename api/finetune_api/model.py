@@ -124,13 +124,13 @@ def format_path(path: Path) -> str:
     return text
 
 
-def _no_traversal(uri: str) -> str:
+def no_traversal(uri: str) -> str:
     if any(part in ("..", ".") for part in uri.split("://", 1)[-1].split("/")):
         raise ValueError("a URI must not contain '.' or '..' as a path segment")
     return uri
 
 
-_NO_TRAVERSAL: JsonDict = {
+NO_TRAVERSAL: JsonDict = {
     "x-kubernetes-validations": [
         {
             "rule": "!self.matches('(^|/)[.][.]?(/|$)')",
@@ -143,8 +143,8 @@ S3_URI = r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9!_.*'()/=+@:,& -]*)
 S3Uri = Annotated[
     str,
     StringConstraints(pattern=S3_URI, max_length=1024),
-    Field(json_schema_extra=_NO_TRAVERSAL),
-    AfterValidator(_no_traversal),
+    Field(json_schema_extra=NO_TRAVERSAL),
+    AfterValidator(no_traversal),
 ]
 """`s3://bucket/key-or-prefix`."""
 
@@ -154,8 +154,8 @@ DATA_URI = (
 DataUri = Annotated[
     str,
     StringConstraints(pattern=DATA_URI, max_length=1024),
-    Field(json_schema_extra=_NO_TRAVERSAL),
-    AfterValidator(_no_traversal),
+    Field(json_schema_extra=NO_TRAVERSAL),
+    AfterValidator(no_traversal),
 ]
 """`s3://bucket/key-or-prefix`, or `stage://name`: the rows that an earlier stage of the job wrote."""
 
@@ -167,8 +167,8 @@ MODEL_URI = (
 ModelUri = Annotated[
     str,
     StringConstraints(pattern=MODEL_URI, max_length=1024),
-    Field(json_schema_extra=_NO_TRAVERSAL),
-    AfterValidator(_no_traversal),
+    Field(json_schema_extra=NO_TRAVERSAL),
+    AfterValidator(no_traversal),
 ]
 """`s3://bucket/prefix/`, `hf://org/name@revision` or `pvc://claim/path`."""
 

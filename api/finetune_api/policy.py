@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from finetune_api.job import FineTuneJob
 from finetune_api.model import Path, Problem
 from finetune_api.profile import FineTuneProfile
+from finetune_api.uris import NAMESPACE, Use, allowed, uses
 
 
 def not_allowed(job: FineTuneJob, profile: FineTuneProfile) -> list[Problem]:
@@ -36,6 +37,25 @@ def _not_allowed(job: FineTuneJob, profile: FineTuneProfile) -> Iterator[Problem
     account = spec.credentials.service_account_name if spec.credentials else None
     if account and account not in rules.service_accounts:
         yield refuse(("spec", "credentials", "serviceAccountName"), account, _names(rules.service_accounts))
+    for use in uses(spec):
+        prefixes = _prefixes(use, job, profile)
+        if prefixes and not allowed(use, prefixes):
+            yield refuse(use.path, use.uri, _names(prefixes))
+
+
+def _prefixes(use: Use, job: FineTuneJob, profile: FineTuneProfile) -> list[str]:
+    """Where what is named may be, for this job; empty: anywhere."""
+    rules = profile.spec.allowed_uris
+    match use.purpose:
+        case "BaseModel":
+            found = rules.base_model
+        case "Model":
+            found = [*rules.base_model, *rules.output] if rules.base_model else []
+        case "Dataset":
+            found = rules.datasets
+        case "Output":
+            found = rules.output
+    return [prefix.replace(NAMESPACE, job.metadata.namespace) for prefix in found]
 
 
 def _names(names: list[str]) -> str:

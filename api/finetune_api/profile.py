@@ -5,13 +5,19 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
-from finetune_api.model import ApiModel, Label, Quantity, Rule, ShortText, Subdomain
+from finetune_api.model import NO_TRAVERSAL, ApiModel, Label, Quantity, Rule, ShortText, Subdomain, no_traversal
 from finetune_api.run import StorageConfig
 
 UriPrefix = Annotated[
-    str, StringConstraints(pattern=r"^(s3|hf|pvc)://[A-Za-z0-9_./{}@-]*$", min_length=5, max_length=1024)
+    str,
+    StringConstraints(
+        pattern=r"^(s3|hf|pvc)://([A-Za-z0-9_./=+@:,-]|[{]namespace[}])*$", min_length=5, max_length=1024
+    ),
+    Field(json_schema_extra=NO_TRAVERSAL),
+    AfterValidator(no_traversal),
 ]
-"""A prefix; `{namespace}` stands for the job's namespace."""
+"""Whole segments of a path: `s3://data/team-a` reaches `s3://data/team-a/x` and not `s3://data/team-ab`. `{namespace}`
+stands for the job's namespace."""
 
 
 class Toleration(ApiModel):
@@ -57,8 +63,10 @@ class AllowedUris(ApiModel):
     """Prefixes of URIs; an empty list allows all."""
 
     base_model: Annotated[list[UriPrefix], Field(max_length=64)] = []
+    """Of models; an adapter, a reward model or a teacher may also be where output allows jobs to publish."""
     datasets: Annotated[list[UriPrefix], Field(max_length=64)] = []
     output: Annotated[list[UriPrefix], Field(max_length=64)] = []
+    """Of output.uri and checkpoint.uri."""
 
 
 class EnvVar(ApiModel):

@@ -1,5 +1,6 @@
 """What is modelled and not yet built: refused with a sentence, by `finetune lint` and by the operator alike."""
 
+import re
 from collections.abc import Iterator
 
 from finetune_api import (
@@ -64,16 +65,27 @@ def _unsupported_stage(stage: EffectiveStage) -> Iterator[Problem]:
                 yield _refuse((*path, "datasets", index, "uri"), dataset.uri, "s3:// only")
 
 
+RESERVED = re.compile(
+    r"(FINETUNE|KUBEFLOW_TRAINER)_.*|HOME|TMPDIR|HF_HOME|AWS_(ACCESS_KEY_ID|SECRET_ACCESS_KEY|SESSION_TOKEN|REGION)"
+    r"|AWS_ENDPOINT_URL(_S3)?"
+)
+"""Variables that say whose job a pod is of, and where it may go: they are the operator's own, or storage's."""
+
+
 def unsupported_profile(spec: FineTuneProfileSpec) -> list[Problem]:
     """The same for a profile: a limit that is not enforced must not be believed."""
     checks = (
-        ("allowedUris", spec.allowed_uris != type(spec.allowed_uris)(), "no URI prefixes"),
         ("locked", bool(spec.locked), "no locked fields"),
         ("budget", spec.budget is not None, "no budget"),
         ("defaults", spec.defaults is not None, "no defaults"),
     )
-    return [
+    found = [
         Problem(("spec", name), f"is not enforced yet; this version supports {allowed}")
         for name, present, allowed in checks
         if present
     ]
+    for index, entry in enumerate(spec.environment):
+        if RESERVED.fullmatch(entry.name):
+            text = f"found {entry.name!r}; the operator sets it itself, from storage or from the job"
+            found.append(Problem(("spec", "environment", index, "name"), text))
+    return found

@@ -245,7 +245,6 @@ def test_what_is_not_a_termination_message_is_none(text: str) -> None:
     [
         ({"locked": ["training.maxLength"]}, "spec.locked"),
         ({"budget": {"gpuHours": 10}}, "spec.budget"),
-        ({"allowedUris": {"output": ["s3://a/"]}}, "spec.allowedUris"),
         ({"defaults": {"training": {"epochs": 1}}}, "spec.defaults"),
     ],
 )
