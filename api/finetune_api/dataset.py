@@ -4,7 +4,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, StringConstraints
 
-from finetune_api.model import ApiModel, DataUri, Label, LongText, Rule
+from finetune_api.model import ApiModel, DataUri, Label, Rule
+from finetune_api.texts import TemplateText
 
 Column = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
@@ -65,7 +66,7 @@ class Dataset(ApiModel):
     """A file, or a prefix that ends in `/`: .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .csv; or a stage's rows."""
     format: Format = "Auto"
     columns: Columns | None = None
-    template: LongText | None = None
+    template: TemplateText | None = None
     """Sandboxed Jinja: the prompt of a row's columns, by their names or roles; absent: the model's chat template."""
     weight: Annotated[float, Field(gt=0, le=1_000_000)] | None = None
     """Share of this dataset in the mix, relative to the others'; absent everywhere: in proportion to size."""

@@ -10,6 +10,7 @@ from finetune_api.jobstatus import FineTuneJobStatus
 from finetune_api.method import Method
 from finetune_api.model import ApiModel, ModelUri, Rule, S3Uri, ShortText, Subdomain
 from finetune_api.stage import Stage
+from finetune_api.texts import Endpoint
 from finetune_api.training import Training
 from finetune_api.tuning import Tuning
 
@@ -102,7 +103,7 @@ class Queue(ApiModel):
 
 
 class MLflow(ApiModel):
-    uri: Annotated[str, StringConstraints(pattern=r"^https?://[^\s]+$", max_length=1024)]
+    uri: Endpoint
     experiment: ShortText | None = None
     secret_ref: LocalRef | None = None
 

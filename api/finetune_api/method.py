@@ -2,9 +2,10 @@
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import Field
 
 from finetune_api.model import ApiModel, Label, ModelUri
+from finetune_api.texts import ExpressionText
 
 Coefficient = Annotated[float, Field(ge=0, le=10)]
 ClipRange = Annotated[float, Field(gt=0, le=1)]
@@ -70,7 +71,7 @@ class RewardExpression(ApiModel):
     """A rule that scores an answer; the weighted scores are added up."""
 
     name: Label
-    expression: Annotated[str, StringConstraints(min_length=1, max_length=2048)]
+    expression: ExpressionText
     """A sandboxed Jinja expression over `prompt`, `completion` and `reference` that gives a number or a truth value."""
     weight: Annotated[float, Field(ge=-1000, le=1000)] = 1.0
 

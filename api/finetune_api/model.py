@@ -1,5 +1,6 @@
 """The base of every type: frozen, camelCase in JSON, strict about unknown fields, with rules that say why."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
@@ -139,12 +140,29 @@ NO_TRAVERSAL: JsonDict = {
     ]
 }
 
+_ADDRESS = "^s3://[0-9]+([.][0-9]+){3}(/|$)"
+
+
+def _no_address(uri: str) -> str:
+    if re.search(_ADDRESS, uri):
+        raise ValueError("a bucket must not be named like an address")
+    return uri
+
+
+_URI_RULES: JsonDict = {
+    "x-kubernetes-validations": [
+        *NO_TRAVERSAL["x-kubernetes-validations"],  # type: ignore[misc]
+        {"rule": f"!self.matches('{_ADDRESS}')", "message": "a bucket must not be named like an address"},
+    ]
+}
+
 S3_URI = r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9!_.*'()/=+@:,& -]*)?$"
 S3Uri = Annotated[
     str,
     StringConstraints(pattern=S3_URI, max_length=1024),
-    Field(json_schema_extra=NO_TRAVERSAL),
+    Field(json_schema_extra=_URI_RULES),
     AfterValidator(no_traversal),
+    AfterValidator(_no_address),
 ]
 """`s3://bucket/key-or-prefix`."""
 
@@ -154,8 +172,9 @@ DATA_URI = (
 DataUri = Annotated[
     str,
     StringConstraints(pattern=DATA_URI, max_length=1024),
-    Field(json_schema_extra=NO_TRAVERSAL),
+    Field(json_schema_extra=_URI_RULES),
     AfterValidator(no_traversal),
+    AfterValidator(_no_address),
 ]
 """`s3://bucket/key-or-prefix`, or `stage://name`: the rows that an earlier stage of the job wrote."""
 
@@ -167,8 +186,9 @@ MODEL_URI = (
 ModelUri = Annotated[
     str,
     StringConstraints(pattern=MODEL_URI, max_length=1024),
-    Field(json_schema_extra=NO_TRAVERSAL),
+    Field(json_schema_extra=_URI_RULES),
     AfterValidator(no_traversal),
+    AfterValidator(_no_address),
 ]
 """`s3://bucket/prefix/`, `hf://org/name@revision` or `pvc://claim/path`."""
 

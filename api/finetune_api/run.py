@@ -9,6 +9,7 @@ from finetune_api.job import FineTuneJobSpec
 from finetune_api.manifest import FileEntry
 from finetune_api.model import ApiModel, S3Uri, Sha256, ShortText
 from finetune_api.sizing import ModelShape, Sizing
+from finetune_api.texts import Endpoint
 
 Split = Literal["train", "validation", "test", "retention"]
 Count = Annotated[int, Field(ge=0)]
@@ -17,7 +18,7 @@ Count = Annotated[int, Field(ge=0)]
 class StorageConfig(ApiModel):
     """How the object store is reached; credentials come from the environment, never from here."""
 
-    endpoint: Annotated[str, Field(pattern=r"^https?://[^\s]+$", max_length=1024)] | None = None
+    endpoint: Endpoint | None = None
     region: ShortText | None = None
     kms_key_id: Annotated[str, Field(max_length=2048)] | None = None
     addressing_style: Literal["auto", "path", "virtual"] = "auto"
