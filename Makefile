@@ -37,6 +37,7 @@ lint: setup
 generate: setup
 	$(BIN)/finetune crds --directory crds
 	cp crds/*.yaml charts/finetune-operator/crds/
+	$(BIN)/python tools/dashboards.py
 	$(BIN)/python tools/filemap.py
 
 verify: lint generate

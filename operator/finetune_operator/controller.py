@@ -72,6 +72,7 @@ class Controller:
         await self._start_servers()
         await self._start_metrics()
         if self.settings.lease is None:
+            self.metrics.leader.set(1)
             await self._resync()
             work = self._act()
         else:

@@ -1,4 +1,7 @@
-"""What Prometheus is told of jobs. Only a job whose gang runs has series of its own, and only so many jobs have."""
+"""What Prometheus is told of jobs. Only a job whose gang runs has series of its own, and only so many jobs have.
+
+The labels are `job_namespace` and `job_name`: `namespace` and `job` are those of what Prometheus scrapes, and win.
+"""
 
 from collections.abc import Callable, Iterable
 from typing import get_args
@@ -7,7 +10,7 @@ from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
-from finetune_api.failures import Reason
+from finetune_api.failures import Reason, outcome_of
 from finetune_api.jobstatus import State
 from finetune_operator.ledger import OTHER, STARTUP, Entry, Ledger, Survey
 from finetune_operator.sight import FINISHED, Key, Object, read
@@ -90,7 +93,7 @@ class JobMetrics(Collector):
             jobs.add_metric(place, survey.states[place])
         yield jobs
         named = GaugeMetricFamily(
-            PREFIX + "namespace_jobs", "FineTuneJobs by namespace and state.", labels=["namespace", "state"]
+            PREFIX + "namespace_jobs", "FineTuneJobs by namespace and state.", labels=["job_namespace", "state"]
         )
         for place, count in sorted(survey.namespaces.items()):
             named.add_metric(place, count)
@@ -98,7 +101,7 @@ class JobMetrics(Collector):
         oldest = GaugeMetricFamily(
             PREFIX + "oldest_timestamp_seconds",
             "Since when the job that has been longest in its state is in it.",
-            labels=["namespace", "state"],
+            labels=["job_namespace", "state"],
         )
         for place, since in sorted(survey.oldest.items()):
             oldest.add_metric(place, since)
@@ -107,20 +110,22 @@ class JobMetrics(Collector):
             ("gpus", "GPUs that gangs hold.", survey.gpus),
             ("gpus_wanted", "GPUs that jobs wait for whose data is ready.", survey.wanted),
         ):
-            gauge = GaugeMetricFamily(PREFIX + name, text, labels=["namespace"])
+            gauge = GaugeMetricFamily(PREFIX + name, text, labels=["job_namespace"])
             for namespace in sorted(self._ledger.tallies):
                 gauge.add_metric([namespace], counts[namespace])
             yield gauge
 
     def _sums(self) -> Iterable[Metric]:
         tallies = sorted(self._ledger.tallies.items())
-        hours = CounterMetricFamily(PREFIX + "gpu_hours", "GPU-hours that gangs ran.", labels=["namespace"])
+        hours = CounterMetricFamily(PREFIX + "gpu_hours", "GPU-hours that gangs ran.", labels=["job_namespace"])
         ended = CounterMetricFamily(
-            PREFIX + "jobs_ended", "FineTuneJobs that ended, by how.", labels=["namespace", "state"]
+            PREFIX + "jobs_ended", "FineTuneJobs that ended, by how.", labels=["job_namespace", "state"]
         )
-        waits = SummaryMetricFamily(PREFIX + "queue_wait_seconds", "Time in the state Queued.", labels=["namespace"])
+        waits = SummaryMetricFamily(
+            PREFIX + "queue_wait_seconds", "Time in the state Queued.", labels=["job_namespace"]
+        )
         moved = CounterMetricFamily(
-            PREFIX + "storage_bytes", "Bytes moved from and to the object store.", labels=["namespace", "direction"]
+            PREFIX + "storage_bytes", "Bytes moved from and to the object store.", labels=["job_namespace", "direction"]
         )
         for namespace, tally in tallies:
             hours.add_metric([namespace], tally.gpu_seconds / 3600)
@@ -136,8 +141,9 @@ class JobMetrics(Collector):
         failures.add_metric([OTHER], self._ledger.failures[""])
         yield failures
         attempts = CounterMetricFamily(PREFIX + "attempts_ended", "Attempts that ended.", labels=["outcome", "reason"])
-        for (outcome, why), count in sorted(self._ledger.attempts.items()):
-            attempts.add_metric([outcome, why], count)
+        usual = {("Succeeded", "")} | {(outcome_of(reason), reason.value) for reason in Reason}
+        for ending in sorted(usual | self._ledger.attempts.keys()):
+            attempts.add_metric(ending, self._ledger.attempts[ending])
         yield attempts
 
 
@@ -147,13 +153,13 @@ def _figures(survey: Survey) -> Iterable[Metric]:
     info = GaugeMetricFamily(
         PREFIX + "job_info",
         "1 for each running job with series of its own.",
-        labels=["namespace", "job", "profile", "state"],
+        labels=["job_namespace", "job_name", "profile", "state"],
     )
     for entry in survey.shown:
         info.add_metric([*entry.sight.key, entry.sight.profile, entry.sight.state], 1)
     yield info
     for name, (text, figure) in _OF_JOB.items():
-        gauge = GaugeMetricFamily(PREFIX + name, text, labels=["namespace", "job"])
+        gauge = GaugeMetricFamily(PREFIX + name, text, labels=["job_namespace", "job_name"])
         for entry in survey.shown:
             if (value := figure(entry)) is not None:
                 gauge.add_metric(entry.sight.key, value)

@@ -1,87 +1,8 @@
 """What Prometheus is told of jobs: what is counted, when series go, and how many there can be."""
 
-import datetime
-from dataclasses import dataclass, field
-from typing import Any
-
-from prometheus_client import CollectorRegistry
-
-from finetune_operator.jobmetrics import JobMetrics
-from finetune_operator.ledger import FORGET_AFTER, Ledger
-from support.manifests import job_manifest
-from support.world import START, Object, rfc3339
-
-BORN = START.timestamp()
-
-
-def at(seconds: float) -> str:
-    return rfc3339(START + datetime.timedelta(seconds=seconds))
-
-
-@dataclass
-class Board:
-    """Jobs that are told of, and what is scraped then. Time goes as the test says."""
-
-    namespaces: int = 200
-    jobs: int = 1000
-    jobs_of_namespace: int = 100
-    now: float = 0.0
-    versions: int = 0
-    registry: CollectorRegistry = field(default_factory=CollectorRegistry)
-
-    def __post_init__(self) -> None:
-        ledger = Ledger(BORN, self.namespaces, self.jobs, self.jobs_of_namespace)
-        self.metrics = JobMetrics(self.registry, lambda: BORN + self.now, ledger)
-
-    def value(self, name: str, **labels: str) -> float | None:
-        return self.registry.get_sample_value(f"finetune_operator_{name}", labels or None)
-
-    def series(self, prefix: str = "") -> int:
-        """Of which metrics whose name begins so."""
-        samples = [sample for family in self.registry.collect() for sample in family.samples]
-        return sum(sample.name.startswith(f"finetune_operator_{prefix}") for sample in samples)
-
-    def tell(self, job: "Told", state: str | None, version: int | None = None, **status: Any) -> None:
-        self.versions += 1
-        self.metrics.note(job.raw(state, version or self.versions, status))
-
-
-@dataclass
-class Told:
-    name: str = "bot"
-    namespace: str = "team-a"
-    created: float = 0.0
-    workers: int = 2
-    uid: str = ""
-
-    def raw(self, state: str | None, version: int, status: Object) -> Object:
-        raw = job_manifest(self.name, self.namespace)
-        raw["metadata"] |= {
-            "uid": self.uid or f"{self.namespace}/{self.name}",
-            "resourceVersion": str(version),
-            "creationTimestamp": at(self.created),
-        }
-        raw["spec"]["distribution"] = {"workers": self.workers, "gpusPerWorker": 4}
-        raw["status"] = {"state": state, **status} if state else {}
-        return raw
-
-
-def run(number: int = 0, started: float | None = None, ended: float | None = None, **more: Any) -> Object:
-    times = {"creationTime": at(0), "startTime": started, "completionTime": ended}
-    told = {
-        key: at(value) if isinstance(value, float | int) else value for key, value in times.items() if value is not None
-    }
-    return {"number": number, "job": f"bot-{number}", "workers": 2, **told, **more}
-
-
-def failed(reason: str) -> list[Object]:
-    return [{"type": "Failed", "status": "True", "reason": reason, "message": "", "lastTransitionTime": at(0)}]
-
-
-def trainer(step: int | None = None, attempt: int = 0, **more: Any) -> Object:
-    metrics = [{"name": name, "value": value} for name, value in more.pop("metrics", {}).items()]
-    told = {"attempt": attempt, "phase": "Training", "metrics": metrics, "lastUpdatedTime": at(0), **more}
-    return told | ({"step": step, "totalSteps": 100} if step is not None else {})
+from finetune_operator.ledger import FORGET_AFTER
+from support.scraped import BORN, Board, Told, at, failed, run, trainer
+from support.world import Object
 
 
 def test_jobs_are_counted_by_state_and_reason_and_by_namespace() -> None:
@@ -95,10 +16,10 @@ def test_jobs_are_counted_by_state_and_reason_and_by_namespace() -> None:
     assert board.value("jobs", state="Failed", reason="OutOfMemory") == 1
     assert board.value("jobs", state="Starting", reason="Unschedulable") == 1
     assert board.value("jobs", state="Starting", reason="") == 0
-    assert board.value("namespace_jobs", namespace="team-b", state="Pending") == 1
+    assert board.value("namespace_jobs", job_namespace="team-b", state="Pending") == 1
     board.metrics.forget(("team-b", "c"))
     assert board.value("jobs", state="Starting", reason="Unschedulable") is None
-    assert board.value("namespace_jobs", namespace="team-b", state="Starting") is None
+    assert board.value("namespace_jobs", job_namespace="team-b", state="Starting") is None
 
 
 def test_another_controllers_jobs_are_not_counted() -> None:
@@ -112,7 +33,7 @@ def test_series_of_a_job_go_when_its_gang_ends() -> None:
     board, job = Board(), Told()
     before = board.series("job_")
     board.tell(job, "Running", attempts=[run(started=5)], trainerStatus=trainer(1))
-    assert board.value("job_info", namespace="team-a", job="bot", profile="", state="Running") == 1
+    assert board.value("job_info", job_namespace="team-a", job_name="bot", profile="", state="Running") == 1
     board.tell(job, "Complete", attempts=[run(started=5, ended=9, outcome="Succeeded")], completionTime=at(9))
     assert board.series("job_") == before
     other = Told("other")
@@ -127,7 +48,7 @@ def test_series_of_a_namespace_go_some_time_after_its_last_job() -> None:
     before = board.series()
     board.tell(Told(), "Running")
     board.metrics.forget(("team-a", "bot"))
-    assert board.value("gpu_hours_total", namespace="team-a") == 0
+    assert board.value("gpu_hours_total", job_namespace="team-a") == 0
     board.now = FORGET_AFTER + 1
     assert board.series() == before
 
@@ -138,8 +59,8 @@ def test_ten_thousand_jobs_have_a_bounded_number_of_series() -> None:
         job = Told(f"job-{number}", f"team-{number % 100}")
         board.tell(job, "Running", attempts=[run(started=number)], trainerStatus=trainer(1, metrics={"loss": "1"}))
     assert board.value("jobs", state="Running", reason="") == 10_000
-    assert board.value("namespace_jobs", namespace="team-3", state="Running") == 100
-    assert board.value("namespace_jobs", namespace="other", state="Running") == 9_000
+    assert board.value("namespace_jobs", job_namespace="team-3", state="Running") == 100
+    assert board.value("namespace_jobs", job_namespace="other", state="Running") == 9_000
     assert board.value("jobs_without_series") == 9_970
     assert board.series("job_loss") == 30
     assert board.series() < 1000
@@ -157,9 +78,9 @@ def test_a_tenant_with_many_queued_jobs_takes_nobodys_place() -> None:
     board.tell(Told("second", "crowd"), "Running", attempts=[run(started=2)])
     board.tell(Told("first", "crowd"), "Running", attempts=[run(started=1)])
     board.tell(Told("only", "quiet"), "Running", attempts=[run(started=3)])
-    assert board.value("job_gpus", namespace="crowd", job="first") == 8
-    assert board.value("job_gpus", namespace="crowd", job="second") is None
-    assert board.value("job_gpus", namespace="quiet", job="only") == 8
+    assert board.value("job_gpus", job_namespace="crowd", job_name="first") == 8
+    assert board.value("job_gpus", job_namespace="crowd", job_name="second") is None
+    assert board.value("job_gpus", job_namespace="quiet", job_name="only") == 8
     assert board.value("jobs_without_series") == 1
 
 
@@ -167,14 +88,14 @@ def test_names_of_figures_that_a_trainer_makes_up_become_no_series() -> None:
     board = Board()
     metrics = {f"figure_{number}": "1.0" for number in range(60)} | {"loss": "0.25", "tokens_per_second": "n/a"}
     board.tell(Told(), "Running", attempts=[run(started=1)], trainerStatus=trainer(3, metrics=metrics))
-    assert board.value("job_loss", namespace="team-a", job="bot") == 0.25
-    assert board.value("job_tokens_per_second", namespace="team-a", job="bot") is None
+    assert board.value("job_loss", job_namespace="team-a", job_name="bot") == 0.25
+    assert board.value("job_tokens_per_second", job_namespace="team-a", job_name="bot") is None
     assert board.series("job_") < 15
 
 
 def test_what_a_trainer_reports_is_told() -> None:
     board, job = Board(), Told()
-    labels = {"namespace": "team-a", "job": "bot"}
+    labels = {"job_namespace": "team-a", "job_name": "bot"}
     checkpoint = {"uri": "s3://b/k", "step": 20, "time": at(40)}
     board.now = 50
     told = trainer(25, progressPercentage=25, estimatedRemainingSeconds=150, lastUpdatedTime=at(49))
@@ -193,7 +114,7 @@ def test_a_step_that_does_not_rise_is_seen_though_reports_come() -> None:
     for now, step in ((10, 1), (20, 2), (30, 2), (40, 2)):
         board.now = now
         board.tell(job, "Running", attempts=[run(started=1)], trainerStatus=trainer(step))
-    assert board.value("job_step_timestamp_seconds", namespace="team-a", job="bot") == BORN + 20
+    assert board.value("job_step_timestamp_seconds", job_namespace="team-a", job_name="bot") == BORN + 20
 
 
 def test_gpu_hours_grow_while_a_gang_runs_and_stop_with_it() -> None:
@@ -201,25 +122,25 @@ def test_gpu_hours_grow_while_a_gang_runs_and_stop_with_it() -> None:
     board.tell(job, None)
     board.tell(job, "Running", attempts=[run(started=100)])
     board.now = 1900
-    assert board.value("gpu_hours_total", namespace="team-a") == 4.0
-    assert board.value("gpus", namespace="team-a") == 8
+    assert board.value("gpu_hours_total", job_namespace="team-a") == 4.0
+    assert board.value("gpus", job_namespace="team-a") == 8
     over = run(started=100, ended=3700, outcome="Retryable", reason="NodeLost")
     board.now = 9000
     board.tell(job, "Retrying", attempts=[over])
-    assert board.value("gpu_hours_total", namespace="team-a") == 8.0
-    assert board.value("gpus", namespace="team-a") == 0
-    assert board.value("gpus_wanted", namespace="team-a") == 8
+    assert board.value("gpu_hours_total", job_namespace="team-a") == 8.0
+    assert board.value("gpus", job_namespace="team-a") == 0
+    assert board.value("gpus_wanted", job_namespace="team-a") == 8
     again = run(1, started=9000, ended=12600, outcome="Succeeded")
     board.tell(job, "Complete", attempts=[over, again], completionTime=at(12600))
     # An older version that comes late, and the same one once more, count nothing.
     board.tell(job, "Running", 2, attempts=[run(started=100)])
     board.tell(job, "Complete", attempts=[over, again], completionTime=at(12600))
-    assert board.value("gpu_hours_total", namespace="team-a") == 16.0
+    assert board.value("gpu_hours_total", job_namespace="team-a") == 16.0
     assert board.value("attempts_ended_total", outcome="Retryable", reason="NodeLost") == 1
     assert board.value("attempts_ended_total", outcome="Succeeded", reason="") == 1
-    assert board.value("jobs_ended_total", namespace="team-a", state="Complete") == 1
+    assert board.value("jobs_ended_total", job_namespace="team-a", state="Complete") == 1
     board.metrics.forget(("team-a", "bot"))
-    assert board.value("gpu_hours_total", namespace="team-a") == 16.0
+    assert board.value("gpu_hours_total", job_namespace="team-a") == 16.0
 
 
 def test_what_was_before_the_operator_is_not_counted_again() -> None:
@@ -228,21 +149,21 @@ def test_what_was_before_the_operator_is_not_counted_again() -> None:
     over = run(started=-7200, ended=-3600, outcome="Retryable", reason="Hung")
     board.tell(old, "Running", attempts=[over, run(1, started=-1800)])
     board.tell(Told("older", created=-9000), "Failed", conditions=failed("Diverged"), completionTime=at(-100))
-    assert board.value("gpu_hours_total", namespace="team-a") == 0
-    assert board.value("jobs_ended_total", namespace="team-a", state="Failed") == 0
+    assert board.value("gpu_hours_total", job_namespace="team-a") == 0
+    assert board.value("jobs_ended_total", job_namespace="team-a", state="Failed") == 0
     board.now = 1800
-    assert board.value("gpu_hours_total", namespace="team-a") == 4.0
-    assert board.series("attempts_ended_total") == 0
+    assert board.value("gpu_hours_total", job_namespace="team-a") == 4.0
+    assert board.value("attempts_ended_total", outcome="Retryable", reason="Hung") == 0
 
 
 def test_failures_are_counted_by_reason_once_from_zero() -> None:
     board, job = Board(), Told()
     board.tell(job, None)
-    assert board.value("jobs_ended_total", namespace="team-a", state="Failed") == 0
+    assert board.value("jobs_ended_total", job_namespace="team-a", state="Failed") == 0
     assert board.value("jobs_failed_total", reason="DataInvalid") == 0
     for _ in range(2):
         board.tell(job, "Failed", conditions=failed("DataInvalid"), completionTime=at(3))
-    assert board.value("jobs_ended_total", namespace="team-a", state="Failed") == 1
+    assert board.value("jobs_ended_total", job_namespace="team-a", state="Failed") == 1
     assert board.value("jobs_failed_total", reason="DataInvalid") == 1
 
 
@@ -265,8 +186,8 @@ def test_the_phases_of_a_start_and_the_wait_in_a_queue() -> None:
     assert sums == {"Pending": 2, "Preparing": 30, "Queued": 600, "Starting": 20}
     assert board.value("startup_seconds_sum", phase="Loading") == 48
     assert board.value("startup_seconds_count", phase="Loading") == 1
-    assert board.value("queue_wait_seconds_sum", namespace="team-a") == 600
-    assert board.value("queue_wait_seconds_count", namespace="team-a") == 1
+    assert board.value("queue_wait_seconds_sum", job_namespace="team-a") == 600
+    assert board.value("queue_wait_seconds_count", job_namespace="team-a") == 1
 
 
 def test_how_long_the_longest_in_a_state_is_there_survives_a_restart() -> None:
@@ -274,8 +195,8 @@ def test_how_long_the_longest_in_a_state_is_there_survives_a_restart() -> None:
     board.tell(Told("a", created=-5000), "Preparing", startTime=at(-4000))
     board.tell(Told("b", created=-5000), "Preparing", startTime=at(-3000))
     board.tell(Told("c", created=-9000), "Complete", completionTime=at(-1))
-    assert board.value("oldest_timestamp_seconds", namespace="team-a", state="Preparing") == BORN - 4000
-    assert board.value("oldest_timestamp_seconds", namespace="team-a", state="Complete") is None
+    assert board.value("oldest_timestamp_seconds", job_namespace="team-a", state="Preparing") == BORN - 4000
+    assert board.value("oldest_timestamp_seconds", job_namespace="team-a", state="Complete") is None
 
 
 def test_a_job_of_the_same_name_is_another_one() -> None:
@@ -283,8 +204,8 @@ def test_a_job_of_the_same_name_is_another_one() -> None:
     board.tell(Told(uid="first"), "Failed", conditions=failed("Hung"), completionTime=at(3))
     board.tell(Told(uid="second", created=10), "Running", attempts=[run(started=11)])
     assert board.value("jobs", state="Failed", reason="Hung") is None
-    assert board.value("job_info", namespace="team-a", job="bot", profile="", state="Running") == 1
-    assert board.value("namespace_jobs", namespace="team-a", state="Running") == 1
+    assert board.value("job_info", job_namespace="team-a", job_name="bot", profile="", state="Running") == 1
+    assert board.value("namespace_jobs", job_namespace="team-a", state="Running") == 1
 
 
 def test_bytes_are_counted_over_attempts() -> None:
@@ -298,6 +219,6 @@ def test_bytes_are_counted_over_attempts() -> None:
     board.tell(job, "Running", attempts=[over, run(1, started=6)], trainerStatus=trainer(2, attempt=1, metrics=again))
     result = {"uri": "s3://b/k/", "manifestSHA256": "", "sizeBytes": 300}
     board.tell(job, "Complete", attempts=[over], result=result, completionTime=at(9))
-    told = {d: board.value("storage_bytes_total", namespace="team-a", direction=d) for d in ("read", "written")}
+    told = {d: board.value("storage_bytes_total", job_namespace="team-a", direction=d) for d in ("read", "written")}
     assert told == {"read": 2200, "written": 80}
-    assert board.value("storage_bytes_total", namespace="team-a", direction="published") == 300
+    assert board.value("storage_bytes_total", job_namespace="team-a", direction="published") == 300
