@@ -58,7 +58,7 @@ Endpoint = Annotated[
 
 _INNER = _Forbidden(
     # Short ones: what a rule may cost is bounded over all lists that it is in, and their length counts.
-    (r"[{][^}]*__", r"[{][^}]*\\[xuN0-9]", r"[{][^}]*[|] *attr\b", r"{%-? *(in|im|ex|fr)"),
+    (r"[{][^}]*__", r"[{][^}]*\\[xuN0-9]", r"[{][^}]*[|] *attr\b", r"[{]%[-+ ]*(inc|im|ex|fr)"),
     "a template must not reach for names with __, the filter attr, escapes such as \\x5f, or other templates",
 )
 TemplateText = Annotated[

@@ -13,10 +13,13 @@ from bisect import bisect_right
 from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Iterator
 from typing import Any
 
-from finetune_sandbox.errors import Obj, expired
+from finetune_sandbox.errors import ApiError, Obj, expired
 from finetune_sandbox.selectors import Selector, field_values
 
 Key = tuple[str, str]  # namespace ("" where there is none) and name
+
+MAX_OBJECT = 1536 * 1024
+"""Bytes of JSON: etcd's default for one request."""
 
 
 def dump(value: Any) -> bytes:
@@ -211,9 +214,12 @@ class Store:
         return (place[0], entry) if place and entry else None
 
     def put(self, resource: str, obj: Obj) -> Entry:
-        """Stores a new version (the caller gives `obj` away) and stamps its resourceVersion."""
+        """Stores a new version (the caller gives `obj` away) and stamps its resourceVersion. Raises ApiError 500 where it
+        is larger than what etcd takes."""
         table = self.tables[resource]
         entry = self._version(table, obj)
+        if len(entry.raw) > MAX_OBJECT:
+            raise ApiError(500, "InternalError", "etcdserver: request is too large")
         before = table.get(*entry.key)
         self._own(resource, before, entry)
         table.record(Event("MODIFIED" if before else "ADDED", entry, before))

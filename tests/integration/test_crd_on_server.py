@@ -45,6 +45,10 @@ GOOD: dict[str, dict[str, Any]] = {
     "passages that are never dropped": {
         "datasets": [{"name": "a", "uri": "s3://data/a", "columns": {"context": "found"}, "retrieval": {}}]
     },
+    "a template": {"datasets": [{"name": "a", "uri": "s3://data/a", "template": "{% if b %}{{ b }}{% endif %} {{ c }}"}]},
+    "a reward": {
+        "method": {"type": "GRPO", "grpo": {"rewards": [{"name": "a", "expression": "words(completion) < 100"}]}}
+    },
     "a similarity": {"dataPolicy": {"similarity": 0.75}},
     "as few as all": {"distribution": {"workers": 2, "minWorkers": 2}},
 }

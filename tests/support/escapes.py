@@ -7,6 +7,7 @@ and that of GitOps tools) and without which nothing of it is kept. `Lookup`: wha
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from support.manifests import job_manifest
@@ -56,18 +57,9 @@ def mlflow(uri: str) -> Callable[[Object], None]:
     return spec(tracking={"mlflow": {"uri": uri}})
 
 
-def large(manifest: Object) -> None:
-    """More than etcd takes."""
-    text = "x" * 4000
-    datasets = [{"name": f"d{n}", "uri": f"s3://data/{n}.jsonl", "template": text} for n in range(64)]
-    stages = [{"name": f"s{n}", "datasets": datasets} for n in range(16)]
-    manifest["spec"] |= {"datasets": datasets, "stages": stages}
-
-
-def heavy(manifest: Object) -> None:
-    """What etcd takes, and no ConfigMap does."""
-    datasets = [{"name": f"d{n}", "uri": f"s3://data/{n}.jsonl", "template": "x" * 4000} for n in range(64)]
-    manifest["spec"] |= {"datasets": datasets, "validation": {"datasets": datasets}, "test": {"datasets": datasets}}
+def stages_of(count: int, manifest: Object) -> None:
+    datasets = [{"name": f"d{n}", "uri": f"s3://data/{n}.jsonl", "template": "x" * 4000} for n in range(32)]
+    manifest["spec"]["stages"] = [{"name": f"s{n}", "datasets": datasets} for n in range(count)]
 
 
 BASE, OUTPUT = "spec.baseModel.uri", "spec.output.uri"
@@ -195,15 +187,15 @@ ESCAPES: tuple[Escape, ...] = (
     Escape("stages without end", "Schema", spec(stages=[{"name": f"s{n}"} for n in range(17)]), "spec.stages"),
     Escape("template without end", "Schema", dataset(template="x" * 4097), "template"),
     Escape("attempts without end", "Schema", spec(runPolicy={"maxAttempts": 10**6}), "spec.runPolicy.maxAttempts"),
-    Escape("a spec larger than etcd", "Schema", large, ""),
-    Escape("a spec larger than a ConfigMap", "Lookup", heavy, "bytes"),
+    Escape("a spec larger than etcd", "Schema", partial(stages_of, 16), "too large"),
+    Escape("a spec larger than a ConfigMap", "Lookup", partial(stages_of, 6), "bytes"),
     # What the profile does not allow.
     Escape("foreign namespace's profile", "Lookup", spec(profile="other"), "metadata.namespace"),
     Escape("profile that is not there", "Lookup", spec(profile="absent"), "absent"),
     Escape("ServiceAccount that is not listed", "Lookup",
            spec(credentials={"serviceAccountName": "cluster-admin"}), "spec.credentials.serviceAccountName"),
     Escape("more workers than the profile has", "Lookup",
-           spec(distribution={"workers": 100}), "spec.distribution.workers"),
+           spec(distribution={"workers": 100}, training={"globalBatchSize": 100}), "spec.distribution.workers"),
     Escape("longer than the profile's deadline", "Lookup",
            spec(runPolicy={"activeDeadlineSeconds": 10**9}), "spec.runPolicy.activeDeadlineSeconds"),
     Escape("foreign output", "Lookup", spec(output={"uri": "s3://adapters/team-b/"}), OUTPUT),
