@@ -81,6 +81,11 @@ KINDS: Mapping[str, Kind] = {
     "Lease": Kind("/apis/coordination.k8s.io/v1", "leases"),
     "TokenReview": Kind("/apis/authentication.k8s.io/v1", "tokenreviews", namespaced=False),
     "SubjectAccessReview": Kind("/apis/authorization.k8s.io/v1", "subjectaccessreviews", namespaced=False),
+    # Only for certificates.py, which runs under an account of its own; the operator may do nothing with either.
+    "Secret": Kind("/api/v1", "secrets"),
+    "ValidatingWebhookConfiguration": Kind(
+        "/apis/admissionregistration.k8s.io/v1", "validatingwebhookconfigurations", namespaced=False
+    ),
 }
 
 
@@ -200,7 +205,7 @@ class KubeCluster:
     async def replace(self, manifest: Object) -> Object:
         """ApiError's status is 409 where the object is not at the manifest's resourceVersion any more."""
         metadata = manifest["metadata"]
-        path = _path(manifest["kind"], metadata["namespace"], metadata["name"])
+        path = _path(manifest["kind"], metadata.get("namespace"), metadata["name"])
         return await self._call("PUT", path, {"fieldManager": FIELD_MANAGER}, manifest)
 
     async def delete(self, kind: str, namespace: str, name: str, uid: str, resource_version: str | None = None) -> bool:

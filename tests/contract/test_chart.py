@@ -1,21 +1,18 @@
-"""The chart renders to manifests that a strict API server takes, asks for no right on Secrets, and carries the CRDs."""
+"""The chart renders to manifests that strict API servers take, asks for no right on Secrets, and carries the CRDs."""
 
-from pathlib import Path
+import itertools
+import json
 from typing import Any
 
 import helm_python.chart as helm
 import kubernetes_validate
 import pytest
-import yaml
 from helm_python.errors import HelmError
 
-ROOT = Path(__file__).parents[2]
-CHART = ROOT / "charts" / "finetune-operator"
-VARIANTS: dict[str, dict[str, Any]] = {
-    "defaults": {},
-    "namespaces": {"watchNamespaces": ["team-a", "team-b"]},
+from support.charting import CHART, RELEASE, ROOT, of_kind, render, rules_of
+
+ANYTHING = {
     "digest": {"image": {"repository": "r/op", "digest": "sha256:" + "0" * 64}},
-    "own certificate": {"progress": {"existingSecret": "mine", "port": 9443}},
     "placement": {
         "nodeSelector": {"pool": "system"},
         "tolerations": [{"key": "a", "operator": "Exists"}],
@@ -25,18 +22,43 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "serviceAccount": {"annotations": {"a": "b"}},
     },
     "profile": {"defaultProfile": {"create": True, "name": "default", "spec": {"image": "trainer@sha256:0"}}},
+    "issuer": {"certificates": {"source": "CertManager", "issuerRef": {"name": "corp", "kind": "ClusterIssuer"}}},
+    "ports": {"progress": {"port": 9001}, "admission": {"webhook": {"port": 9002}}, "metrics": {"port": 9003}},
+    "scrapers": {"networkPolicy": {"enabled": True, "metricsFrom": [{"podSelector": {}}], "apiServerPorts": [6443]}},
+    "five": {"replicas": 5, "podDisruptionBudget": {"minAvailable": 4}},
+    "no budget": {"podDisruptionBudget": {"enabled": False}},
 }
+SOURCES = ("Job", "CertManager", "Secret")
+OURS = ("finetune.dev", "cert-manager.io", "monitoring.coreos.com")
+"""Groups that are no part of Kubernetes."""
+NEEDS = {"ValidatingAdmissionPolicy": (1, 30), "ValidatingAdmissionPolicyBinding": (1, 30)}
 
 
-def render(values: dict[str, Any]) -> list[dict[str, Any]]:
-    with helm.Chart.load(CHART) as chart:
-        files = chart.render(values=values, name="ft", namespace="finetune-system")
-    documents = (yaml.safe_load_all(text) for path, text in files.items() if path.endswith(".yaml"))
-    return [document for group in documents for document in group if document]
+def switched(
+    namespaces: bool, replicas: int, source: str, policies: bool, webhook: bool, network: bool
+) -> dict[str, Any]:
+    existing = "mine" if source == "Secret" else ""
+    return {
+        "watchNamespaces": ["team-a", "team-b"] if namespaces else [],
+        "replicas": replicas,
+        "certificates": {"source": source, "existingSecret": existing},
+        "admission": {"policies": {"enabled": policies}, "webhook": {"enabled": webhook, "caBundle": "QQ=="}},
+        "networkPolicy": {"enabled": network},
+    }
 
 
-def of_kind(manifests: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    return [manifest for manifest in manifests if manifest["kind"] == kind]
+def monitored(*on: bool) -> dict[str, Any]:
+    parts = ("serviceMonitor", "podMonitor", "prometheusRule", "dashboards")
+    return {"metrics": {part: {"enabled": flag, "labels": {"team": "x"}} for part, flag in zip(parts, on, strict=True)}}
+
+
+BOTH = (False, True)
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    *ANYTHING.values(),
+    *(switched(*choice) for choice in itertools.product(BOTH, (1, 2), SOURCES, BOTH, BOTH, BOTH)),
+    *(monitored(*choice) for choice in itertools.product(BOTH, repeat=4)),
+]
 
 
 def test_lint_finds_nothing() -> None:
@@ -44,79 +66,227 @@ def test_lint_finds_nothing() -> None:
     assert [message for message in helm.lint(CHART)["messages"] if message["severity"] > 1] == []
 
 
-@pytest.mark.parametrize("values", VARIANTS.values(), ids=VARIANTS)
-@pytest.mark.parametrize("version", ["1.29", "1.33", "1.36"])
-def test_every_variant_is_valid_on_every_version(values: dict[str, Any], version: str) -> None:
-    manifests = render(values)
-    assert manifests
-    for manifest in manifests:
-        if manifest["apiVersion"].split("/")[0] != "finetune.dev":
+@pytest.mark.parametrize("version", ["1.29", "1.37"])
+def test_every_permutation_is_valid_on_the_oldest_and_the_newest(version: str) -> None:
+    """Each manifest once: many permutations share most of them."""
+    seen = set()
+    for values in VARIANTS:
+        for manifest in render(values):
+            text = json.dumps(manifest, sort_keys=True)
+            foreign = manifest["apiVersion"].split("/")[0] in OURS
+            if text in seen or foreign or NEEDS.get(manifest["kind"], (1, 29)) > tuple(map(int, version.split("."))):
+                continue
+            seen.add(text)
             kubernetes_validate.validate(manifest, version, strict=True)
+    assert len(seen) > 40
 
 
 def test_names_are_unique() -> None:
-    for values in VARIANTS.values():
+    for values in VARIANTS:
         names = [(m["kind"], m["metadata"].get("namespace"), m["metadata"]["name"]) for m in render(values)]
-        assert len(names) == len(set(names))
+        assert len(names) == len(set(names)), values
 
 
-def test_the_operator_has_no_right_on_secrets_and_no_wildcard() -> None:
-    for values in VARIANTS.values():
+def test_what_manifests_name_is_in_the_release() -> None:
+    for values in VARIANTS:
+        manifests = render(values)
+        accounts = {account["metadata"]["name"] for account in of_kind(manifests, "ServiceAccount")}
+        for pod in pods(manifests):
+            assert pod["spec"]["serviceAccountName"] in accounts
+        for binding in of_kind(manifests, "RoleBinding") + of_kind(manifests, "ClusterRoleBinding"):
+            assert {subject["name"] for subject in binding["subjects"]} <= accounts
+            role = binding["roleRef"]
+            assert role["name"] in {r["metadata"]["name"] for r in of_kind(manifests, role["kind"])}
+        (deployment,) = of_kind(manifests, "Deployment")
+        ports = {port["name"] for port in deployment["spec"]["template"]["spec"]["containers"][0]["ports"]}
+        services = of_kind(manifests, "Service")
+        assert {port["targetPort"] for service in services for port in service["spec"]["ports"]} <= ports
+        for webhook in webhooks(manifests):
+            ref = webhook["clientConfig"]["service"]
+            (service,) = (s for s in services if s["metadata"]["name"] == ref["name"])
+            assert service["spec"]["ports"][0]["port"] == ref["port"]
+        policies = {policy["metadata"]["name"] for policy in of_kind(manifests, "ValidatingAdmissionPolicy")}
+        bound = [b["spec"]["policyName"] for b in of_kind(manifests, "ValidatingAdmissionPolicyBinding")]
+        assert sorted(bound) == sorted(policies)
+
+
+def pods(manifests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The pod template of every workload."""
+    found = [w["spec"]["template"] for kind in ("Deployment", "Job") for w in of_kind(manifests, kind)]
+    return found + [c["spec"]["jobTemplate"]["spec"]["template"] for c in of_kind(manifests, "CronJob")]
+
+
+def webhooks(manifests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [w for c in of_kind(manifests, "ValidatingWebhookConfiguration") for w in c["webhooks"]]
+
+
+def test_the_operator_has_no_right_on_secrets_and_nobody_a_wildcard() -> None:
+    for values in VARIANTS:
         manifests = render(values)
         for role in of_kind(manifests, "ClusterRole") + of_kind(manifests, "Role"):
-            for rule in role["rules"]:
-                words = {*rule["apiGroups"], *rule["resources"], *rule["verbs"]}
-                assert "*" not in words
-                assert "secrets" not in words
+            assert "*" not in {word for rule in role["rules"] for key in rule for word in rule[key]}
+        words = {word for _, rule in rules_of(manifests, RELEASE) for word in rule["resources"]}
+        assert {"finetunejobs", "pods"} <= words
+        assert "secrets" not in words
+        assert not any("webhook" in word for word in words)
+
+
+def test_the_certificates_account_sees_one_secret_and_one_webhook() -> None:
+    rules = list(rules_of(render(), "ft-certificates"))
+    for where, rule in rules:
+        assert where == "finetune-system" or rule["resources"] == ["validatingwebhookconfigurations"]
+        assert rule["verbs"] == ["create"] or rule["resourceNames"] in (["ft-tls"], ["ft"])
+    assert {(*rule["resources"], *rule["verbs"]) for _, rule in rules} == {
+        ("secrets", "create"),
+        ("secrets", "get", "update"),
+        ("validatingwebhookconfigurations", "get", "update"),
+    }
 
 
 def test_named_namespaces_get_bindings_of_their_own() -> None:
-    manifests = render(VARIANTS["namespaces"])
+    manifests = render({"watchNamespaces": ["team-a", "team-b"]})
     bindings = [b for b in of_kind(manifests, "RoleBinding") if b["roleRef"]["kind"] == "ClusterRole"]
     assert {b["metadata"]["namespace"] for b in bindings} == {"team-a", "team-b"}
-    assert [b["roleRef"]["name"] for b in of_kind(manifests, "ClusterRoleBinding")] == ["ft-global"]
+    cluster = [b["roleRef"]["name"] for b in of_kind(manifests, "ClusterRoleBinding")]
+    assert cluster == ["ft-certificates", "ft-global"]
+    for where in (*webhooks(manifests)[:1], *(b["spec"]["matchResources"] for b in bound(manifests))):
+        (term,) = where["namespaceSelector"]["matchExpressions"]
+        assert (term["key"], term["values"]) == ("kubernetes.io/metadata.name", ["team-a", "team-b"])
+    assert "namespaceSelector" not in webhooks(render())[0]
+    assert all("matchResources" not in b["spec"] for b in bound(render()))
 
 
-def test_pods_of_the_operator_are_restricted() -> None:
-    (deployment,) = of_kind(render({}), "Deployment")
-    pod = deployment["spec"]["template"]["spec"]
-    assert pod["securityContext"]["runAsNonRoot"] is True
-    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-    for container in pod["containers"]:
-        own = container["securityContext"]
-        assert own["allowPrivilegeEscalation"] is False
-        assert own["readOnlyRootFilesystem"] is True
-        assert own["capabilities"] == {"drop": ["ALL"]}
+def bound(manifests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return of_kind(manifests, "ValidatingAdmissionPolicyBinding")
+
+
+def test_every_pod_is_restricted() -> None:
+    for values in VARIANTS:
+        for pod in pods(render(values)):
+            assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
+            assert pod["spec"]["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+            for container in pod["spec"]["containers"]:
+                own = container["securityContext"]
+                assert own["allowPrivilegeEscalation"] is False
+                assert own["readOnlyRootFilesystem"] is True
+                assert own["capabilities"] == {"drop": ["ALL"]}
 
 
 def test_the_settings_are_the_operators() -> None:
     from finetune_operator.settings import PREFIX, Settings
 
-    (deployment,) = of_kind(render(VARIANTS["namespaces"]), "Deployment")
+    (deployment,) = of_kind(render({"watchNamespaces": ["team-a", "team-b"]}), "Deployment")
     env = deployment["spec"]["template"]["spec"]["containers"][0]["env"]
     settings = Settings.from_environment({entry["name"]: entry.get("value", "pod-a") for entry in env})
     assert settings.lease == "finetune-system/ft"
-    (role,) = of_kind(render({}), "Role")
-    assert {tuple(rule.get("resourceNames", ())) for rule in role["rules"]} == {(), ("ft",)}
+    (lease,) = (role for role in of_kind(render(), "Role") if role["metadata"]["name"] == "ft-lease")
+    assert {tuple(rule.get("resourceNames", ())) for rule in lease["rules"]} == {(), ("ft",)}
     assert settings.namespaces == ("team-a", "team-b")
     assert settings.progress_url == "https://ft-progress.finetune-system.svc:8443"
+    assert settings.admission_port == 9443
     assert [entry["name"] for entry in env if not entry["name"].startswith(PREFIX)] == ["HOME"]
 
 
-def test_the_certificate_is_for_the_service_and_kept() -> None:
-    (secret,) = of_kind(render({}), "Secret")
-    assert secret["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
-    assert set(secret["data"]) == {"tls.crt", "tls.key", "ca.crt"}
-    assert of_kind(render(VARIANTS["own certificate"]), "Secret") == []
+def test_the_certificate_is_for_both_services_and_the_pods_do_not_get_the_authoritys_key() -> None:
+    for source in SOURCES:
+        manifests = render(switched(False, 2, source, True, True, False))
+        (deployment,) = of_kind(manifests, "Deployment")
+        (volume,) = (v["secret"] for v in deployment["spec"]["template"]["spec"]["volumes"] if "secret" in v)
+        assert volume["secretName"] == ("mine" if source == "Secret" else "ft-tls")
+        assert [item["key"] for item in volume["items"]] == ["tls.crt", "tls.key", "ca.crt"]
+        names = {f"{service['metadata']['name']}.finetune-system.svc" for service in of_kind(manifests, "Service")}
+        if source == "Job":
+            (job,) = of_kind(manifests, "Job")
+            arguments = job["spec"]["template"]["spec"]["containers"][0]["args"]
+            assert names <= {a.removeprefix("--host=") for a in arguments}
+            assert "--secret=finetune-system/ft-tls" in arguments
+        if source == "CertManager":
+            assert names <= set(certificate(manifests)["spec"]["dnsNames"])
+            assert certificate(manifests)["spec"]["secretName"] == "ft-tls"
+            (configuration,) = of_kind(manifests, "ValidatingWebhookConfiguration")
+            assert configuration["metadata"]["annotations"] == {"cert-manager.io/inject-ca-from": "finetune-system/ft"}
+
+
+def certificate(manifests: list[dict[str, Any]]) -> dict[str, Any]:
+    (found,) = (c for c in of_kind(manifests, "Certificate") if not c["spec"].get("isCA"))
+    return found
+
+
+def test_an_issuer_of_the_clusters_is_used_where_it_is_named() -> None:
+    manifests = render(ANYTHING["issuer"])
+    assert of_kind(manifests, "Issuer") == []
+    assert certificate(manifests)["spec"]["issuerRef"] == {"name": "corp", "kind": "ClusterIssuer"}
+
+
+def test_the_job_of_the_certificates_is_made_again_only_where_it_differs() -> None:
+    names = {
+        job["metadata"]["name"] for values in ({}, {"logLevel": "DEBUG"}) for job in of_kind(render(values), "Job")
+    }
+    assert len(names) == 1
+    (other,) = of_kind(render(ANYTHING["digest"]), "Job")
+    assert other["metadata"]["name"] not in names
+    (long,) = of_kind(render(name="a" * 53), "Job")
+    # A pod of it has five characters and a dash more, and both are labels.
+    assert len(long["metadata"]["name"]) <= 63
+
+
+def test_the_webhook_fails_closed_and_never_on_deletion() -> None:
+    for values in VARIANTS:
+        for webhook in webhooks(render(values)):
+            assert webhook["failurePolicy"] == ("Fail" if webhook["name"] == "jobs.finetune.dev" else "Ignore")
+            assert webhook["sideEffects"] == "None"
+            (rule,) = webhook["rules"]
+            assert rule["operations"] == ["CREATE", "UPDATE"]
+            assert rule["resources"] in (["finetunejobs"], ["finetuneprofiles"])
+
+
+def test_the_webhook_answers_before_the_api_server_gives_up() -> None:
+    from finetune_operator.admission import AdmissionOptions
+
+    assert AdmissionOptions.review_seconds < min(w["timeoutSeconds"] for w in webhooks(render()))
+    with helm.Chart.load(CHART) as chart:
+        assert chart.schema
+        bounds = chart.schema["properties"]["admission"]["properties"]["webhook"]["properties"]["timeoutSeconds"]
+    assert AdmissionOptions.review_seconds < bounds["minimum"]
+
+
+def test_a_budget_never_stops_a_drain() -> None:
+    for replicas in range(1, 6):
+        for least in range(1, 5):
+            values = {"replicas": replicas, "podDisruptionBudget": {"minAvailable": least}}
+            for budget in of_kind(render(values), "PodDisruptionBudget"):
+                assert budget["spec"]["minAvailable"] == min(least, replicas - 1)
+    assert of_kind(render({"replicas": 1}), "PodDisruptionBudget") == []
 
 
 @pytest.mark.parametrize(
     "values",
-    [{"nope": 1}, {"image": {"repository": "a", "digest": "latest"}}, {"logLevel": "LOUD"}, {"metrics": {"port": 0}}],
+    [
+        {"nope": 1},
+        {"image": {"repository": "a", "digest": "latest"}},
+        {"logLevel": "LOUD"},
+        {"metrics": {"port": 0}},
+        {"certificates": {"source": "Secret"}},
+        {"certificates": {"source": "Vault"}},
+        {"admission": {"webhook": {"timeoutSeconds": 5}}},
+        {"admission": {"webhook": {"failurePolicy": "Ignore"}}},
+        {"replicas": 0},
+        {"watchNamespaces": ["a", "a"]},
+        {"defaultProfile": {"create": True}},
+        {"metrics": {"serviceMonitor": {"interval": "often"}}},
+        {"networkPolicy": {"apiServerPorts": []}},
+    ],
 )
 def test_bad_values_are_refused(values: dict[str, Any]) -> None:
     with helm.Chart.load(CHART) as chart, pytest.raises(HelmError):
         chart.validate_schema(values)
+
+
+def test_every_value_is_in_the_schema() -> None:
+    with helm.Chart.load(CHART) as chart:
+        assert chart.schema
+        names, schema = set(chart.values), set(chart.schema["properties"])
+    assert names | {"global"} == schema
 
 
 def test_the_chart_carries_the_generated_crds() -> None:

@@ -23,6 +23,28 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end -}}
 {{- end -}}
 
-{{- define "finetune.progressSecret" -}}
-{{ .Values.progress.existingSecret | default (printf "%s-progress-tls" (include "finetune.name" .)) }}
+{{- define "finetune.tlsSecret" -}}
+{{- if eq .Values.certificates.source "Secret" -}}
+{{ .Values.certificates.existingSecret }}
+{{- else -}}
+{{ include "finetune.name" . }}-tls
+{{- end -}}
+{{- end -}}
+
+{{- /* The names that the operator's servers are called by; the first is for people. */ -}}
+{{- define "finetune.hosts" -}}
+{{- $name := include "finetune.name" . -}}
+{{- range $service := list "progress" "webhook" }}
+- {{ $name }}-{{ $service }}.{{ $.Release.Namespace }}.svc
+- {{ $name }}-{{ $service }}.{{ $.Release.Namespace }}.svc.cluster.local
+{{- end }}
+{{- end -}}
+
+{{- /* Only the namespaces that this release watches, where it does not watch all. */ -}}
+{{- define "finetune.namespaceSelector" -}}
+{{- with .Values.watchNamespaces }}
+namespaceSelector:
+  matchExpressions:
+    - {key: kubernetes.io/metadata.name, operator: In, values: {{ toJson . }}}
+{{- end }}
 {{- end -}}
