@@ -259,6 +259,23 @@ def test_a_budget_never_stops_a_drain() -> None:
     assert of_kind(render({"replicas": 1}), "PodDisruptionBudget") == []
 
 
+def test_what_is_measured_is_in_the_release() -> None:
+    manifests = render(monitored(True, False, True, True))
+    (monitor,) = of_kind(manifests, "ServiceMonitor")
+    wanted = monitor["spec"]["selector"]["matchLabels"].items()
+    (service,) = (s for s in of_kind(manifests, "Service") if wanted <= s["metadata"]["labels"].items())
+    assert [p["name"] for p in service["spec"]["ports"]] == [e["port"] for e in monitor["spec"]["endpoints"]]
+    (rule,) = of_kind(manifests, "PrometheusRule")
+    assert rule["spec"]["groups"]
+    # Prometheus fills these in, not Helm.
+    assert "{{ $value" in json.dumps(rule)
+    found = {name: text for c in of_kind(manifests, "ConfigMap") for name, text in c["data"].items()}
+    assert found == {path.name: path.read_text() for path in (CHART / "files/dashboards").glob("*.json")}
+    for manifest in manifests:
+        if manifest["kind"] in ("ServiceMonitor", "PodMonitor", "PrometheusRule") or "data" in manifest:
+            assert manifest["metadata"]["labels"]["team"] == "x"
+
+
 @pytest.mark.parametrize(
     "values",
     [
