@@ -24,6 +24,9 @@ from finetune_api.stages import STAGE_URI, EffectiveStage, effective
 MAX_BYTES = 512 * 1024
 """Of a spec: half of what a ConfigMap takes, which holds it indented and beside other things."""
 
+MAX_BYTES = 512 * 1024
+"""Of a spec: half of what a ConfigMap takes, which holds it indented and beside other things."""
+
 
 def unsupported(spec: FineTuneJobSpec) -> list[Problem]:
     """Fields of a valid spec that this version does not act on, each as a problem."""
@@ -38,6 +41,11 @@ def _unsupported(spec: FineTuneJobSpec) -> Iterator[Problem]:
     def refuse(*path: str | int, found: object, allowed: str) -> Problem:
         return _refuse(("spec", *path), found, allowed)
 
+    if (size := len(json.dumps(spec.to_json()))) > MAX_BYTES:
+        text = (
+            f"found {size:,} bytes of JSON; every pod is told the whole spec, of which {MAX_BYTES:,} bytes are allowed"
+        )
+        yield Problem(("spec",), text)
     if (size := len(json.dumps(spec.to_json()))) > MAX_BYTES:
         text = (
             f"found {size:,} bytes of JSON; every pod is told the whole spec, of which {MAX_BYTES:,} bytes are allowed"
