@@ -114,6 +114,7 @@ def everything(metrics: Metrics) -> None:
     """Something of each that there is to tell."""
     for raw in lives("team-a", "bot"):
         metrics.jobs.note(raw)
+    metrics.jobs.note(Told("bad").raw("Running", 1, {"attempts": [run(started=60)]}))
     why = failed("OutOfMemory")
     lost = run(started=60, ended=90, outcome="Retryable", reason="NodeLost")
     metrics.jobs.note(Told("bad").raw("Failed", 2, {"attempts": [lost], "conditions": why, "completionTime": at(99)}))
