@@ -63,6 +63,7 @@ class Sight(NamedTuple):
     reason: str
     """Of the closed list; empty where nothing is wrong."""
     profile: str
+    """That its newest attempt was made under, else that it names."""
     gpus: int
     """That it asks for."""
     since: float | None
@@ -106,7 +107,8 @@ def read(raw: Object) -> Sight | None:
     conditions = {c["type"]: c for c in status.get("conditions") or ()}
     state = status.get("state") or "Pending"
     per_worker = (spec.get("distribution") or {}).get("gpusPerWorker", 1)
-    runs = tuple(_run(attempt, per_worker) for attempt in status.get("attempts") or ())
+    attempts = status.get("attempts") or ()
+    runs = tuple(_run(attempt, per_worker) for attempt in attempts)
     version = meta.get("resourceVersion", "")
     created = _seconds(meta["creationTimestamp"]) or 0.0
     return Sight(
@@ -116,7 +118,7 @@ def read(raw: Object) -> Sight | None:
         created=created,
         state=state,
         reason=_reason(state, conditions),
-        profile=spec.get("profile") or "",
+        profile=(attempts[-1].get("profile") if attempts else None) or spec.get("profile") or "",
         gpus=(spec.get("distribution") or {}).get("workers", 1) * per_worker,
         since=_since(state, created, status, conditions),
         runs=runs,
@@ -130,7 +132,7 @@ def read(raw: Object) -> Sight | None:
 def _run(attempt: Object, per_worker: int) -> Run:
     return Run(
         number=attempt["number"],
-        gpus=(attempt.get("workers") or 0) * per_worker,
+        gpus=attempt.get("gpus") or (attempt.get("workers") or 0) * per_worker,
         started=_seconds(attempt.get("startTime")),
         ended=_seconds(attempt.get("completionTime")),
         outcome=attempt.get("outcome"),
