@@ -17,16 +17,16 @@ LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @functools.cache
-def _rendered(values: str, name: str) -> str:
+def _rendered(values: str, name: str, namespace: str) -> str:
     with helm.Chart.load(CHART) as chart:
-        files = chart.render(values=json.loads(values), name=name, namespace=NAMESPACE)
+        files = chart.render(values=json.loads(values), name=name, namespace=namespace)
     documents = (yaml.load_all(text, LOADER) for path, text in sorted(files.items()) if path.endswith(".yaml"))
     return json.dumps([document for group in documents for document in group if document])
 
 
-def render(values: Mapping[str, Any] | None = None, name: str = RELEASE) -> list[Object]:
-    """Every manifest of a release in the namespace finetune-system."""
-    manifests: list[Object] = json.loads(_rendered(json.dumps(values or {}), name))
+def render(values: Mapping[str, Any] | None = None, name: str = RELEASE, namespace: str = NAMESPACE) -> list[Object]:
+    """Every manifest of a release."""
+    manifests: list[Object] = json.loads(_rendered(json.dumps(values or {}), name, namespace))
     return manifests
 
 
