@@ -4,6 +4,7 @@ pydantic's JSON schema is rewritten to the subset of OpenAPI v3 that a structura
 (https://kubernetes.io/docs/tasks/extend-kubernetes/custom-resources/custom-resource-definitions/#specifying-a-structural-schema).
 """
 
+import json
 from typing import Any
 
 import pydantic
@@ -23,7 +24,7 @@ def crds() -> list[dict[str, Any]]:
 
 def job_crd() -> dict[str, Any]:
     schema = structural(FineTuneJob)
-    spec = schema["properties"]["spec"]
+    spec = schema["properties"]["spec"] = _as_written(schema["properties"]["spec"])
     spec.setdefault("x-kubernetes-validations", []).extend(immutability(spec, FineTuneJobSpec.mutable))
     schema["properties"]["metadata"] = {
         "type": "object",
@@ -179,6 +180,20 @@ def _without_defaults(schema: Schema) -> Schema:
         out["items"] = _without_defaults(out["items"])
         if keys := out.get("x-kubernetes-list-map-keys"):
             out["items"]["required"] = list(keys)
+    return out
+
+
+def _as_written(schema: Schema, name: str = "") -> Schema:
+    """Without defaults: what the server fills in could not be told from what a user said, so that no default of a
+    profile would hold. The descriptions tell them. A union's `type` is filled in, since rules are made of it."""
+    out = dict(schema)
+    if name != "type" and (value := out.pop("default", None)) not in (None, {}):
+        said = value if isinstance(value, str) else json.dumps(value)
+        out["description"] = f"{out.get('description', '')} Default: {said}.".lstrip()
+    if "properties" in out:
+        out["properties"] = {key: _as_written(child, key) for key, child in out["properties"].items()}
+    if isinstance(out.get("items"), dict):
+        out["items"] = _as_written(out["items"])
     return out
 
 

@@ -27,7 +27,7 @@ class BaseModelRef(ApiModel):
 class Distribution(ApiModel):
     rules: ClassVar = (
         Rule(
-            "!has(self.minWorkers) || (has(self.workers) && self.minWorkers <= self.workers)",
+            "!has(self.minWorkers) || self.minWorkers <= (has(self.workers) ? self.workers : 1)",
             "minWorkers must not be larger than workers",
             lambda self: self.min_workers is None or self.min_workers <= self.workers,
             field="minWorkers",

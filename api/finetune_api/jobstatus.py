@@ -45,8 +45,14 @@ class Attempt(ApiModel):
     """Name of its batch/v1 Job."""
     uid: ShortText | None = None
     """UID of its Job: the last segment of the output prefix."""
+    profile: ShortText | None = None
+    """The FineTuneProfile that it was made under."""
+    profile_generation: Count | None = None
+    """That profile's metadata.generation: what was changed later does not hold for it."""
     workers: Count | None = None
     """Pods of its gang."""
+    gpus: Count | None = None
+    """GPUs (CPU processes where the profile has none) of all of them."""
     placed: Count | None = None
     """Of them, how many had found a node, where not all did and the attempt was given back."""
     creation_time: datetime.datetime | None = None

@@ -2,15 +2,34 @@
 
 from collections.abc import Iterator
 
+from pydantic import ValidationError
+
+from finetune_api.defaults import locked, with_defaults
 from finetune_api.job import FineTuneJob
-from finetune_api.model import Path, Problem
+from finetune_api.model import Path, Problem, problems_of
 from finetune_api.profile import FineTuneProfile
+from finetune_api.support import unsupported
 from finetune_api.uris import NAMESPACE, Use, allowed, uses
 
 
+def judge(job: FineTuneJob, profile: FineTuneProfile) -> list[Problem]:
+    """Everything that is wrong with a well-formed job under this profile, the profile's defaults filled in."""
+    try:
+        whole = with_defaults(job, profile.spec.defaults)
+    except ValidationError as error:
+        return against_defaults(error, profile.metadata.name)
+    return unsupported(whole.spec) + not_allowed(whole, profile)
+
+
+def against_defaults(error: ValidationError, profile: str) -> list[Problem]:
+    """What `with_defaults` found."""
+    found = problems_of(error, ("spec",))
+    return [Problem(p.path, f"{p.message}; this is with the defaults of profile {profile!r}") for p in found]
+
+
 def not_allowed(job: FineTuneJob, profile: FineTuneProfile) -> list[Problem]:
-    """What the platform's profile refuses this job, each as a problem."""
-    return list(_not_allowed(job, profile))
+    """What the platform's profile refuses this job, each as a problem. The job has the profile's defaults."""
+    return [*_not_allowed(job, profile), *locked(job, profile)]
 
 
 def _not_allowed(job: FineTuneJob, profile: FineTuneProfile) -> Iterator[Problem]:

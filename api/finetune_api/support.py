@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from finetune_api import (
     combinations,
     dataset_rules,
+    defaults,
     evaluation_rules,
     place_rules,
     placement_rules,
@@ -83,16 +84,9 @@ RESERVED = re.compile(
 
 def unsupported_profile(spec: FineTuneProfileSpec) -> list[Problem]:
     """The same for a profile: a limit that is not enforced must not be believed."""
-    checks = (
-        ("locked", bool(spec.locked), "no locked fields"),
-        ("budget", spec.budget is not None, "no budget"),
-        ("defaults", spec.defaults is not None, "no defaults"),
-    )
-    found = [
-        Problem(("spec", name), f"is not enforced yet; this version supports {allowed}")
-        for name, present, allowed in checks
-        if present
-    ]
+    found = list(defaults.problems(spec))
+    if spec.budget is not None:
+        found.append(Problem(("spec", "budget"), "is not enforced yet; this version supports no budget"))
     for index, entry in enumerate(spec.environment):
         if RESERVED.fullmatch(entry.name):
             text = f"found {entry.name!r}; the operator sets it itself, from storage or from the job"

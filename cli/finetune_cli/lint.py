@@ -108,15 +108,15 @@ def _beyond(parsed: FineTuneJob | FineTuneProfile, profile: FineTuneProfile | No
     """Of an object that is well-formed: what this version cannot do, and what the profile does not allow."""
     if isinstance(parsed, FineTuneProfile):
         return support.unsupported_profile(parsed.spec)
-    return support.unsupported(parsed.spec) + (against_profile(parsed, profile) if profile else [])
+    return against_profile(parsed, profile) if profile else support.unsupported(parsed.spec)
 
 
 def against_profile(job: FineTuneJob, profile: FineTuneProfile) -> list[Problem]:
-    """What the platform's profile refuses."""
+    """What is wrong with the job under this profile, as the operator judges it."""
     wanted, given = job.spec.profile, profile.metadata.name
     if wanted and wanted != given:
         return [Problem(("spec", "profile"), f"found {wanted!r}; the profile given is {given!r}")]
-    return policy.not_allowed(job, profile)
+    return policy.judge(job, profile)
 
 
 def schema_of(kind: type[FineTuneJob] | type[FineTuneProfile]) -> dict[str, Any]:

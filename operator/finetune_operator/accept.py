@@ -7,13 +7,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from finetune_api.defaults import with_defaults
 from finetune_api.failures import Reason
 from finetune_api.job import FineTuneJob, parse
 from finetune_api.jobstatus import FineTuneJobStatus
 from finetune_api.model import Problem, problems_of
-from finetune_api.policy import not_allowed
+from finetune_api.policy import against_defaults, not_allowed
 from finetune_api.profile import DEFAULT_ANNOTATION, FineTuneProfile
 from finetune_api.support import unsupported, unsupported_profile
+from finetune_operator.snapshot import Snapshot
 
 Object = Mapping[str, Any]
 MANAGER = "finetune.dev/operator"
@@ -66,11 +68,9 @@ class Subject:
 
 def _read_spec(raw: Object) -> FineTuneJob | Refusal:
     try:
-        job = parse({key: value for key, value in raw.items() if key != "status"})
+        return parse({key: value for key, value in raw.items() if key != "status"})
     except ValidationError as error:
         return _invalid(problems_of(error))
-    problems = unsupported(job.spec)
-    return _invalid(problems) if problems else job
 
 
 def _invalid(problems: Sequence[Problem]) -> Refusal:
@@ -104,7 +104,25 @@ def select_profile(wanted: str | None, profiles: Sequence[Object]) -> FineTunePr
     return profile
 
 
+def as_begun(profile: FineTuneProfile | Refusal, before: Snapshot | None) -> FineTuneProfile | Refusal:
+    """With the defaults that the job began under: its data were prepared for them, and its checkpoints are of them."""
+    if before is None or isinstance(profile, Refusal):
+        return profile
+    return profile.model_copy(update={"spec": profile.spec.model_copy(update={"defaults": dict(before.defaults)})})
+
+
+def complete(job: FineTuneJob, profile: FineTuneProfile | None, before: Snapshot | None) -> FineTuneJob | Refusal:
+    """The job with its profile's defaults, as `as_begun` gives them. `profile` None: it has none any more."""
+    defaults = profile.spec.defaults if profile else before.defaults if before else None
+    try:
+        return with_defaults(job, defaults)
+    except ValidationError as error:
+        return _invalid(against_defaults(error, profile.metadata.name if profile else ""))
+
+
 def check(job: FineTuneJob, profile: FineTuneProfile) -> Refusal | None:
-    """What the profile does not allow this job."""
+    """What this version cannot do, or what the profile does not allow this job, which has the profile's defaults."""
+    if problems := unsupported(job.spec):
+        return _invalid(problems)
     problems = not_allowed(job, profile)
-    return Refusal(Reason.NOT_ALLOWED_BY_PROFILE, "; ".join(map(str, problems))) if problems else None
+    return Refusal(Reason.NOT_ALLOWED_BY_PROFILE, "; ".join(map(str, problems))[:4096]) if problems else None

@@ -56,7 +56,13 @@ def ran_out_of_memory(attempts: Sequence[Attempt]) -> Attempt | None:
 def _observe(attempt: Attempt, child: Child | None, observed: Observed, now: datetime.datetime) -> Attempt:
     if child is None or child.deleting or (attempt.uid and child.uid != attempt.uid):
         return close(attempt, Reason.PREEMPTED, f"Job {attempt.job} was deleted", now)
-    known = {"workers": child.workers, "creation_time": attempt.creation_time or child.created}
+    known = {
+        "workers": child.workers,
+        "creation_time": attempt.creation_time or child.created,
+        "profile": attempt.profile or child.profile,
+        "profile_generation": attempt.profile_generation or child.profile_generation,
+        "gpus": attempt.gpus or child.gpus,
+    }
     attempt = attempt.model_copy(update={"uid": child.uid, **known})
     pods = observed.pods_of(child.uid)
     end = ending(child, pods, now)

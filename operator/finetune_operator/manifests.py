@@ -19,7 +19,8 @@ from finetune_api.profile import FineTuneProfile, FineTuneProfileSpec
 from finetune_api.progress import audience
 from finetune_api.run import Devices, PreparedSummary, RunConfig
 from finetune_api.sizing import Sizing
-from finetune_operator import network
+from finetune_operator import network, snapshot
+from finetune_operator.snapshot import Snapshot
 
 Object = dict[str, Any]
 
@@ -28,6 +29,9 @@ ATTEMPT_LABEL = "finetune.dev/attempt"
 MANAGED_BY = ("app.kubernetes.io/managed-by", "finetune-operator")
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
+PROFILE = "finetune.dev/profile"
+PROFILE_GENERATION = "finetune.dev/profile-generation"
+GPUS = "finetune.dev/gpus"
 PREPARE = "prepare"
 CONTAINER = "trainer"
 PORT = 29500
@@ -269,10 +273,13 @@ class _Builder:
     ) -> Object:
         # Under what it runs, for whoever asks later: profiles change.
         annotations = {
-            "finetune.dev/profile": self.profile.metadata.name,
-            "finetune.dev/profile-generation": str(self.profile.metadata.generation),
+            PROFILE: self.profile.metadata.name,
+            PROFILE_GENERATION: str(self.profile.metadata.generation),
+            snapshot.ANNOTATION: Snapshot.of(self.profile).encode(),
             "finetune.dev/spec-sha256": spec_sha256(self.owner.spec),
         }
+        if self.attempt is not None:
+            annotations[GPUS] = str(pods * self.owner.spec.distribution.gpus_per_worker)
         return {
             "apiVersion": "batch/v1",
             "kind": "Job",

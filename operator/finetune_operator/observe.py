@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from finetune_api.failures import TerminationMessage
-from finetune_operator.manifests import ATTEMPT_LABEL, CONTAINER, JOB_LABEL, PREPARE
+from finetune_operator import snapshot
+from finetune_operator.manifests import ATTEMPT_LABEL, CONTAINER, GPUS, JOB_LABEL, PREPARE, PROFILE, PROFILE_GENERATION
+from finetune_operator.snapshot import Snapshot
 
 Object = Mapping[str, Any]
 EXPLAINED_AFTER = datetime.timedelta(seconds=10)
@@ -87,6 +89,13 @@ class Child:
     """Of the condition that finished it."""
     selective: bool = False
     """Its pods refuse some nodes."""
+    profile: str | None = None
+    """The profile that it was made under."""
+    profile_generation: int | None = None
+    gpus: int | None = None
+    """Of all its pods; CPU processes where the profile has none."""
+    snapshot: Snapshot | None = None
+    """None: it was made by an earlier version of the operator."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +112,11 @@ class Observed:
     @property
     def gangs(self) -> tuple[Child, ...]:
         return tuple(job for job in self.jobs if job.attempt is not None)
+
+    @property
+    def snapshot(self) -> Snapshot | None:
+        """What all of a job's attempts have in common: what its data were prepared for."""
+        return next((job.snapshot for job in self.jobs if job.snapshot), None)
 
     @property
     def prepared_by(self) -> Pod | None:
@@ -168,7 +182,7 @@ def controller_uid(raw: Object) -> str | None:
 
 def read_job(raw: Object) -> Child:
     meta, spec, status = raw["metadata"], raw["spec"], raw.get("status") or {}
-    attempt = meta["labels"][ATTEMPT_LABEL]
+    attempt, notes = meta["labels"][ATTEMPT_LABEL], meta.get("annotations") or {}
     complete, failed = _condition(status, "Complete"), _condition(status, "Failed")
     ended = complete or failed
     return Child(
@@ -183,6 +197,10 @@ def read_job(raw: Object) -> Child:
         finished_at=_time(ended["lastTransitionTime"]) if ended and ended.get("lastTransitionTime") else None,
         message=(ended or {}).get("message") or "",
         selective=_refuses_nodes(spec),
+        profile=notes.get(PROFILE),
+        profile_generation=int(notes[PROFILE_GENERATION]) if PROFILE_GENERATION in notes else None,
+        gpus=int(notes[GPUS]) if GPUS in notes else None,
+        snapshot=Snapshot.decode(notes[snapshot.ANNOTATION]) if snapshot.ANNOTATION in notes else None,
     )
 
 

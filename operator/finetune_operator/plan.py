@@ -18,11 +18,12 @@ from finetune_api.jobstatus import Attempt, FineTuneJobStatus, ResultStatus
 from finetune_api.profile import FineTuneProfile
 from finetune_operator import attempts as history
 from finetune_operator import manifests, starting, status
-from finetune_operator.accept import Refusal, Subject, check, select_profile
+from finetune_operator.accept import Refusal, Subject, as_begun, check, complete, select_profile
 from finetune_operator.classify import ending, out_of_memory
 from finetune_operator.manifests import Context
 from finetune_operator.observe import Child, Observed
 from finetune_operator.situation import LOOK_AGAIN, Situation, Step, with_trouble, within_pre_running
+from finetune_operator.snapshot import Snapshot
 from finetune_operator.status import Decision, Note
 
 Object = Mapping[str, Any]
@@ -97,7 +98,11 @@ def _decide(situation: Situation, profiles: Sequence[Object]) -> Step:
         return Step(_complete(situation, last))
     if isinstance(subject.job, Refusal):
         return situation.fail(subject.job.reason, subject.job.message, accepted=False)
-    job = subject.job
+    profile = as_begun(select_profile(subject.job.spec.profile, profiles), situation.observed.snapshot)
+    found = profile if isinstance(profile, FineTuneProfile) else None
+    job = complete(subject.job, found, situation.observed.snapshot)
+    if isinstance(job, Refusal):
+        return situation.fail(job.reason, job.message, accepted=False)
     if last and last.outcome == "Permanent":
         step = situation.fail(Reason(last.reason or Reason.RANK_FAILED), last.message or "")
         return replace(step, decision=replace(step.decision, result=_result(situation, last)))
@@ -109,16 +114,15 @@ def _decide(situation: Situation, profiles: Sequence[Object]) -> Step:
         text = "suspended by spec.runPolicy.suspend"
         stopped = history.close_open(attempts, Reason.PREEMPTED, text, situation.now)
         return Step(Decision("Suspended", text, attempts=stopped))
-    profile = select_profile(job.spec.profile, profiles)
-    found = profile if isinstance(profile, FineTuneProfile) else None
-    deadline = _deadline(situation, job, found)
+    terms = situation.terms(found)
+    deadline = _deadline(situation, job, terms)
     if deadline and situation.now >= deadline:
         seconds = job.spec.run_policy.active_deadline_seconds or "the profile's"
         return situation.fail(Reason.DEADLINE_EXCEEDED, f"ran longer than {seconds} activeDeadlineSeconds")
     if last and last.outcome is None:
-        returned = starting.give_back(situation, job, last, found)
+        returned = starting.give_back(situation, job, last, terms)
         if returned is None:
-            return starting.run(situation, job, last, found, deadline)
+            return starting.run(situation, job, last, terms, deadline)
         situation = returned
     if isinstance(profile, Refusal):
         step = Step(
@@ -174,12 +178,9 @@ def _prepare(situation: Situation, job: FineTuneJob, profile: FineTuneProfile) -
     return starting.start(situation, job, profile, end.prepared)
 
 
-def _deadline(situation: Situation, job: FineTuneJob, profile: FineTuneProfile | None) -> datetime.datetime | None:
+def _deadline(situation: Situation, job: FineTuneJob, terms: Snapshot | None) -> datetime.datetime | None:
     """When the running time is used up, if the gang goes on running. A profile's limit holds for all its jobs."""
-    own, limit = (
-        job.spec.run_policy.active_deadline_seconds,
-        profile and profile.spec.limits.max_active_deadline_seconds,
-    )
+    own, limit = job.spec.run_policy.active_deadline_seconds, terms and terms.max_active_deadline_seconds
     allowed = min(seconds for seconds in (own, limit) if seconds) if own or limit else None
     if allowed is None:
         return None

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
+from finetune_api.defaults import with_defaults
 from finetune_api.job import parse
 from finetune_api.model import Path, Problem, problems_of
-from finetune_api.policy import not_allowed
+from finetune_api.policy import against_defaults, not_allowed
 from finetune_api.profile import FineTuneProfile
 from finetune_api.support import unsupported, unsupported_profile
 from finetune_operator.accept import Refusal, select_profile
@@ -146,14 +147,14 @@ def _profile_problems(raw: Object | None) -> list[Problem]:
 
 def judge_job(request: Request, profiles: Sequence[Object]) -> Verdict:
     """A FineTuneJob under its profile. `profiles`: what `select_profile` chooses from."""
-    invalid = _spec_problems(request.new, request.namespace)
+    invalid = _spec_problems(request.new, request.namespace, profiles)
     warnings: tuple[str, ...] = ()
     if not invalid:
         forbidden, warnings = _profile_refusals(request.new, request.namespace, profiles)
         if forbidden:
             before, _ = _profile_refusals(request.old, request.namespace, profiles) if request.old else ([], ())
             return Verdict(_added(forbidden, before), warnings, forbidden=True)
-    return Verdict(_added(invalid, _spec_problems(request.old, request.namespace)), warnings)
+    return Verdict(_added(invalid, _spec_problems(request.old, request.namespace, profiles)), warnings)
 
 
 def _added(now: Sequence[Problem], before: Sequence[Problem]) -> tuple[Problem, ...]:
@@ -162,13 +163,21 @@ def _added(now: Sequence[Problem], before: Sequence[Problem]) -> tuple[Problem, 
     return tuple(problem for problem in dict.fromkeys(now) if problem not in before)
 
 
-def _spec_problems(raw: Object | None, namespace: str) -> list[Problem]:
+def _spec_problems(raw: Object | None, namespace: str, profiles: Sequence[Object]) -> list[Problem]:
+    """Of the job with its profile's defaults, where there is one."""
     if raw is None:
         return []
     try:
-        return unsupported(parse(_named(raw, namespace)).spec)
+        job = parse(_named(raw, namespace))
     except ValidationError as error:
         return problems_of(error)
+    profile = select_profile(job.spec.profile, profiles)
+    if isinstance(profile, Refusal):
+        return unsupported(job.spec)
+    try:
+        return unsupported(with_defaults(job, profile.spec.defaults).spec)
+    except ValidationError as error:
+        return against_defaults(error, profile.metadata.name)
 
 
 def _profile_refusals(raw: Object, namespace: str, profiles: Sequence[Object]) -> tuple[list[Problem], tuple[str, ...]]:
@@ -180,7 +189,10 @@ def _profile_refusals(raw: Object, namespace: str, profiles: Sequence[Object]) -
     profile = select_profile(job.spec.profile, profiles)
     if isinstance(profile, Refusal):
         return [], (profile.message,)
-    return not_allowed(job, profile), ()
+    try:
+        return not_allowed(with_defaults(job, profile.spec.defaults), profile), ()
+    except ValidationError:
+        return [], ()
 
 
 def _named(raw: Object, namespace: str) -> dict[str, Any]:

@@ -8,11 +8,13 @@ from typing import Any
 from finetune_api.failures import Reason
 from finetune_api.job import FineTuneJob
 from finetune_api.jobstatus import Attempt, State
+from finetune_api.profile import FineTuneProfile
 from finetune_operator import attempts as history
 from finetune_operator import status
 from finetune_operator.accept import Subject
 from finetune_operator.manifests import Context
 from finetune_operator.observe import Child, Observed, Pod
+from finetune_operator.snapshot import Snapshot
 from finetune_operator.status import Decision
 
 LOOK_AGAIN = datetime.timedelta(seconds=20)
@@ -49,6 +51,12 @@ class Situation:
         """The Job of an attempt that is open, and its pods."""
         child = next(child for child in self.observed.gangs if child.attempt == attempt.number)
         return child, self.observed.pods_of(child.uid)
+
+    def terms(self, profile: FineTuneProfile | None) -> Snapshot | None:
+        """What of the profile holds: as it was for the attempt that runs, else as it is."""
+        last = self.attempts[-1] if self.attempts else None
+        begun = self.gang_of(last)[0].snapshot if last and last.outcome is None else None
+        return begun or (Snapshot.of(profile) if profile else None)
 
     def stand(self, decision: Decision) -> Decision:
         return replace(decision, attempts=self.attempts)

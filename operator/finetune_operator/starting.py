@@ -14,6 +14,7 @@ from finetune_operator import capacity, manifests
 from finetune_operator.capacity import Wait
 from finetune_operator.fitting import Fit, NothingSmaller, fit
 from finetune_operator.situation import LOOK_AGAIN, Situation, Step, with_trouble, within_pre_running
+from finetune_operator.snapshot import Snapshot
 from finetune_operator.status import Decision
 
 
@@ -37,7 +38,16 @@ def start(situation: Situation, job: FineTuneJob, profile: FineTuneProfile, prep
         text = f"attempt {number} waits for {', '.join(lingering[:3])} of the one before to end"
         return Step(situation.stand(replace(known, message=text)), due=(situation.now + LOOK_AGAIN,))
     name = manifests.child_name(job.metadata.name, number)
-    attempt = Attempt(number=number, job=name, workers=workers, creation_time=situation.now)
+    gpus = manifests.devices(job.spec, profile.spec, workers).world_size
+    attempt = Attempt(
+        number=number,
+        job=name,
+        profile=profile.metadata.name,
+        profile_generation=profile.metadata.generation,
+        workers=workers,
+        gpus=gpus,
+        creation_time=situation.now,
+    )
     # Where a gang did not find room, a node that failed is better than none.
     strictly = waited is None and _queue(job) is None
     affinity = manifests.without(history.avoided(situation.attempts, situation.now), strictly=strictly)
@@ -46,12 +56,13 @@ def start(situation: Situation, job: FineTuneJob, profile: FineTuneProfile, prep
         state="Queued" if _queue(job) else "Starting",
         message=_start_text(job, attempt),
         attempts=history.bounded((*situation.attempts, attempt)),
-        gpus=manifests.devices(job.spec, profile.spec, workers).world_size,
+        gpus=gpus,
     )
     objects = manifests.gang(
         job, profile, situation.context, number, prepared, found.sizings, workers=workers, affinity=affinity
     )
-    step = Step(decision, objects, (_grace_of(profile, situation.now) if affinity and strictly else None,))
+    grace = _grace_of(Snapshot.of(profile), situation.now)
+    step = Step(decision, objects, (grace if affinity and strictly else None,))
     return within_pre_running(situation, job, waited.since if waited and not overdue else situation.now, step)
 
 
@@ -104,7 +115,7 @@ def run(
     situation: Situation,
     job: FineTuneJob,
     attempt: Attempt,
-    profile: FineTuneProfile | None,
+    terms: Snapshot | None,
     deadline: datetime.datetime | None,
 ) -> Step:
     """The gang exists: is it queued, does it start, does it run?"""
@@ -121,15 +132,13 @@ def run(
         text = f"attempt {attempt.number} starts {_workers(job, child.workers)}"
         step = with_trouble(situation, pods, "Starting", text)
     waited = capacity.waiting(situation.attempts)
-    due = (*step.due, *lost, _returned_at(situation, job, attempt, profile))
+    due = (*step.due, *lost, _returned_at(situation, job, attempt, terms))
     return within_pre_running(situation, job, waited.since if waited else child.created, replace(step, due=due))
 
 
-def give_back(
-    situation: Situation, job: FineTuneJob, attempt: Attempt, profile: FineTuneProfile | None
-) -> Situation | None:
+def give_back(situation: Situation, job: FineTuneJob, attempt: Attempt, terms: Snapshot | None) -> Situation | None:
     """The situation without the attempt that has not found room for all of its gang, where it is time for that."""
-    due = _returned_at(situation, job, attempt, profile)
+    due = _returned_at(situation, job, attempt, terms)
     if due is None:
         return None
     child, pods = situation.gang_of(attempt)
@@ -140,8 +149,8 @@ def give_back(
         if least is None or found.placed < least:
             return None  # nothing is left but the end, which `run` tells
         why = f"within {seconds} preRunningDeadlineSeconds"
-    elif situation.now >= due and profile:
-        why = f"within {profile.spec.scheduling_grace_seconds} s"
+    elif situation.now >= due and terms:
+        why = f"within {terms.scheduling_grace_seconds} s"
         why += ", away from the nodes that failed" if child.selective else ""
     else:
         return None
@@ -150,22 +159,22 @@ def give_back(
 
 
 def _returned_at(
-    situation: Situation, job: FineTuneJob, attempt: Attempt, profile: FineTuneProfile | None
+    situation: Situation, job: FineTuneJob, attempt: Attempt, terms: Snapshot | None
 ) -> datetime.datetime | None:
     """When the attempt will have held a part of what it needs for long enough."""
     child, pods = situation.gang_of(attempt)
     found = capacity.seats(child, pods)
     # One that refuses nodes may find no room at all because of that; otherwise what holds nothing may wait.
     since = found.since or (child.created if child.selective else None)
-    if since is None or profile is None or found.placed == found.of:
+    if since is None or terms is None or found.placed == found.of:
         return None
     if attempt.start_time or child.suspended or _queue(job):
         return None
-    return _grace_of(profile, since)
+    return _grace_of(terms, since)
 
 
-def _grace_of(profile: FineTuneProfile, since: datetime.datetime) -> datetime.datetime:
-    return since + datetime.timedelta(seconds=profile.spec.scheduling_grace_seconds)
+def _grace_of(terms: Snapshot, since: datetime.datetime) -> datetime.datetime:
+    return since + datetime.timedelta(seconds=terms.scheduling_grace_seconds)
 
 
 def _lingering(situation: Situation) -> list[str]:

@@ -1,12 +1,15 @@
 """`finetune lint`: every problem with its line, in words, and the same on the models' and the server's side."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from finetune_api.profile import FineTuneProfile
 from finetune_cli import __main__ as entry
 from finetune_cli import lint
+from support.manifests import job_manifest
+from support.world import World, make_job, make_profile
 
 JOB = """\
 apiVersion: finetune.dev/v1alpha1
@@ -139,6 +142,36 @@ def test_the_profile_limits_what_a_job_may_ask_for() -> None:
         "spec.runPolicy.activeDeadlineSeconds",
         "spec.credentials.serviceAccountName",
     ]
+
+
+@pytest.mark.parametrize(
+    ("spec", "profile"),
+    [
+        (
+            {"training": {"maxLength": 9}},
+            {"locked": ["training.maxLength"], "defaults": {"training": {"maxLength": 8}}},
+        ),
+        ({"datasets": [{"name": "d", "uri": "s3://team-b/"}]}, {"allowedUris": {"datasets": ["s3://{namespace}/"]}}),
+        ({"distribution": {"workers": 4}}, {"limits": {"maxWorkers": 2, "maxGPUs": 3}}),
+        ({"method": {"type": "PPO"}}, {}),
+        ({}, {"defaults": {"method": {"type": "PPO"}}}),
+        ({"distribution": {"workers": 1}}, {"defaults": {"distribution": {"minWorkers": 2, "workers": 2}}}),
+    ],
+)
+async def test_lint_says_what_the_operator_says(spec: dict[str, Any], profile: dict[str, Any]) -> None:
+    job, raw = make_job().with_spec(**spec).build(), make_profile(**profile)
+    world = World(job, profiles=[raw])
+    await world.settle()
+    assert world.state == "Failed"
+    problems = lint.problems(job_manifest(**spec), FineTuneProfile.model_validate(raw))
+    assert "; ".join(map(str, problems)) == world.status.message
+
+
+def test_defaults_of_the_profile_are_what_a_job_leaves_out() -> None:
+    text = JOB + "  method: {type: PPO}\n"
+    assert "spec.method.ppo.rewardModel: found none" in found(text)[0]
+    spec = {"image": "i", "defaults": {"method": {"type": "PPO", "ppo": {"rewardModel": {"uri": "s3://models/r/"}}}}}
+    assert found(text, FineTuneProfile.model_validate({"metadata": {"name": "p"}, "spec": spec})) == []
 
 
 def test_a_profile_that_promises_what_is_not_enforced_is_refused() -> None:

@@ -243,9 +243,7 @@ def test_what_is_not_a_termination_message_is_none(text: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "path"),
     [
-        ({"locked": ["training.maxLength"]}, "spec.locked"),
         ({"budget": {"gpuHours": 10}}, "spec.budget"),
-        ({"defaults": {"training": {"epochs": 1}}}, "spec.defaults"),
     ],
 )
 def test_a_limit_that_is_not_enforced_is_not_believed(changes: dict[str, Any], path: str) -> None:

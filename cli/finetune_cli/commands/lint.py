@@ -63,6 +63,7 @@ def _explain(
     tokens: int | None,
     tflops: float | None,
 ) -> None:
+    from finetune_api.defaults import with_defaults
     from finetune_api.job import FineTuneJob
     from finetune_cli import explain, modelsource
     from finetune_cli.objectstore import Access
@@ -71,7 +72,7 @@ def _explain(
     for document in documents:
         if document.data["kind"] != "FineTuneJob":
             continue
-        job = FineTuneJob.model_validate(document.data)
+        job = with_defaults(FineTuneJob.model_validate(document.data), profile.spec.defaults)
         source = modelsource.of(model or job.spec.base_model.uri, access)
         for line in explain.lines(job, profile.spec, source, tokens, tflops):
             click.echo(line)
