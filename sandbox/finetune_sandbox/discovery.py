@@ -73,8 +73,8 @@ def _resources(kinds: Kinds, group: str, version: str) -> Obj | None:
 def refuse_unserved(route: Route) -> None:
     """Raises ApiError 501 for what a real server has and whose silent absence would mislead."""
     if route.group == "admissionregistration.k8s.io":
-        raise not_implemented(f"{route.plural}: the sandbox runs no admission webhooks or policies")
-    if route.group in ("apps", "apiregistration.k8s.io") or route.plural in ("cronjobs", "replicationcontrollers"):
+        raise not_implemented(f"{route.plural}: the sandbox has validating policies and webhooks only")
+    if route.group in ("apps", "apiregistration.k8s.io") or route.plural == "replicationcontrollers":
         raise not_implemented(f"{route.plural}.{route.group}: the sandbox has no controller for it")
     if route.plural in ("limitranges", "persistentvolumes", "horizontalpodautoscalers", "ingresses"):
         raise not_implemented(f"{route.plural}: not served by the sandbox")

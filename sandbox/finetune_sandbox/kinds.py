@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune_sandbox import builtin, columns, custom, jobkind, podkind
+from finetune_sandbox import builtin, columns, custom, jobkind, podkind, policies, webhooks
 from finetune_sandbox.errors import Obj
+from finetune_sandbox.gate import REGISTRATION
 from finetune_sandbox.resources import Resource
 
 _EVENT_FIELDS = (
@@ -49,6 +50,14 @@ BUILTIN: tuple[Resource, ...] = (
     Resource("", "v1", "resourcequotas", "ResourceQuota", True, ("quota",), status=True),
     Resource("batch", "v1", "jobs", "Job", True, (), ("all",), ("status.successful",), status=True, generation=True,
              default=jobkind.default, prepare=jobkind.prepare, validate=jobkind.validate, columns=columns.JOB),
+    Resource("batch", "v1", "cronjobs", "CronJob", True, ("cj",), ("all",), status=True, generation=True),
+    Resource("apps", "v1", "deployments", "Deployment", True, ("deploy",), ("all",), status=True, generation=True),
+    Resource(REGISTRATION, "v1", "validatingadmissionpolicies", "ValidatingAdmissionPolicy", False, status=True,
+             generation=True, validate=policies.validate),
+    Resource(REGISTRATION, "v1", "validatingadmissionpolicybindings", "ValidatingAdmissionPolicyBinding", False,
+             generation=True, validate=policies.validate_binding),
+    Resource(REGISTRATION, "v1", "validatingwebhookconfigurations", "ValidatingWebhookConfiguration", False,
+             generation=True, default=webhooks.default, validate=webhooks.validate),
     Resource("coordination.k8s.io", "v1", "leases", "Lease", True, columns=columns.LEASE),
     Resource("networking.k8s.io", "v1", "networkpolicies", "NetworkPolicy", True, ("netpol",), generation=True,
              default=builtin.network_policy, validate=builtin.check_network_policy, columns=columns.NETWORK_POLICY),

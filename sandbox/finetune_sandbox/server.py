@@ -7,6 +7,7 @@ import json
 import logging
 import ssl
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,18 @@ from finetune_sandbox.errors import (
     path_not_found,
     required,
 )
+from finetune_sandbox.gate import Asked
 from finetune_sandbox.kinds import BUILTIN, DEFAULTS
 from finetune_sandbox.lists import Lister
 from finetune_sandbox.logs import LogSource
+from finetune_sandbox.policies import Policies
 from finetune_sandbox.registry import Call, DeleteOptions, Registry
 from finetune_sandbox.requests import Route, parse_path, wants_table
 from finetune_sandbox.resources import Kinds
 from finetune_sandbox.reviews import Reviews
 from finetune_sandbox.store import Entry, Store, dump
 from finetune_sandbox.subresources import Subresources
+from finetune_sandbox.webhooks import Webhooks
 
 log = logging.getLogger(__name__)
 MAX_BODY = 3 * 1024 * 1024
@@ -50,6 +54,8 @@ PATCHES = {
     "application/strategic-merge-patch+json": "strategic",
     "application/apply-patch+yaml": "apply",
 }
+IDLE = (("apps", "deployments"), ("batch", "cronjobs"))
+"""What a chart installs beside what runs here."""
 OPEN_PATHS = ("/healthz", "/livez", "/readyz", "/version")
 
 
@@ -73,6 +79,8 @@ class ApiServer:
         self.lister = Lister(self.registry)
         self.crds = CrdLoader(self.registry)
         self.registry.admission.append(Admission(self.store))
+        self.policies = Policies(self.store, self.kinds, self.authorizer)
+        self.webhooks = Webhooks(self.store)
         self._tasks: list[asyncio.Task[None]] = []
         self._streams: set[asyncio.Task[Any]] = set()
 
@@ -153,6 +161,8 @@ class ApiServer:
         if not resource.namespaced and route.namespace:
             raise path_not_found()
         call = _call(query)
+        if verb == "create" and (resource.group, resource.plural) in IDLE:
+            call.warnings.append(f"the sandbox stores a {resource.kind} and runs nothing of it")
         if verb == "watch":
             return await self._stream(watch.serve(request, self.registry, resource, route, query))
         if verb == "list":
@@ -162,8 +172,31 @@ class ApiServer:
             return await self._stream(done) if route.sub == "log" else await done
         if route.sub == "status" and not resource.status:
             raise path_not_found()
+        if verb in ("create", "update", "patch"):
+            await self._admit(request, verb, resource, route, body, call, user)
         code, result = self._object(request, verb, resource, route, body, call, user)
         return self._shown(request, resource, result, code, call)
+
+    async def _admit(
+        self, request: web.BaseRequest, verb: str, resource: Any, route: Route, body: Any, call: Call, user: User
+    ) -> None:
+        """Asks policies and webhooks about what would be stored. Raises ApiError where one of them denies it.
+
+        Another write may come in between, as webhooks take their time; then what was asked about is a version too old.
+        """
+        old = self.store.get(resource.key, route.namespace, route.name) if route.name else None
+        operation = "UPDATE" if old else "CREATE"
+        # Whom it concerns can be told from what was sent, and mostly that is nobody.
+        sent: Obj = old.obj if old else {"metadata": (body if isinstance(body, dict) else {}).get("metadata") or {}}
+        sent = {"metadata": sent["metadata"] | ({"namespace": route.namespace} if route.namespace else {})}
+        asked = Asked(user, operation, resource, route.sub, sent, None, call.dry_run)
+        if not self.policies.concern(asked) and not self.webhooks.concern(asked):
+            return
+        trial = Call(True, call.field_validation)
+        _, made = self._object(request, verb, resource, route, json.loads(dump(body)), trial, user)
+        assert isinstance(made, Entry)
+        asked = replace(asked, new=made.copy(), old=old.copy() if old else None)
+        call.warnings += [*self.policies.check(asked), *await self.webhooks.check(asked)]
 
     def _object(
         self, request: web.BaseRequest, verb: str, resource: Any, route: Route, body: Any, call: Call, user: User

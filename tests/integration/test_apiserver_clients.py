@@ -161,13 +161,13 @@ async def test_what_is_not_served_says_so(server: ApiServer, api: client.ApiClie
     core = client.CoreV1Api(api)
     await core.create_namespaced_pod("default", pod("p"))
     template = {"metadata": {"labels": {"a": "b"}}, "spec": pod("p")["spec"]}
-    deployment = {"metadata": {"name": "d"}, "spec": {"selector": {"matchLabels": {"a": "b"}}, "template": template}}
+    daemons = {"metadata": {"name": "d"}, "spec": {"selector": {"matchLabels": {"a": "b"}}, "template": template}}
     hooks = client.AdmissionregistrationV1Api(api)
     refused: tuple[Callable[[], Awaitable[Any]], ...] = (
         lambda: core.read_namespaced_pod_log("p", "default"),
         lambda: core.connect_get_namespaced_pod_exec("p", "default", command=["sh"]),
-        lambda: client.AppsV1Api(api).create_namespaced_deployment("default", deployment),
-        lambda: hooks.create_validating_webhook_configuration({"metadata": {"name": "w"}}),
+        lambda: client.AppsV1Api(api).create_namespaced_daemon_set("default", daemons),
+        lambda: hooks.create_mutating_webhook_configuration({"metadata": {"name": "w"}}),
     )
     for call in refused:
         with pytest.raises(client.ApiException) as caught:
