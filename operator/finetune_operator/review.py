@@ -147,14 +147,11 @@ def _profile_problems(raw: Object | None) -> list[Problem]:
 
 def judge_job(request: Request, profiles: Sequence[Object]) -> Verdict:
     """A FineTuneJob under its profile. `profiles`: what `select_profile` chooses from."""
-    invalid = _spec_problems(request.new, request.namespace, profiles)
-    warnings: tuple[str, ...] = ()
-    if not invalid:
-        forbidden, warnings = _profile_refusals(request.new, request.namespace, profiles)
-        if forbidden:
-            before, _ = _profile_refusals(request.old, request.namespace, profiles) if request.old else ([], ())
-            return Verdict(_added(forbidden, before), warnings, forbidden=True)
-    return Verdict(_added(invalid, _spec_problems(request.old, request.namespace, profiles)), warnings)
+    found = _under_profile(request.new, request.namespace, profiles)
+    before = _under_profile(request.old, request.namespace, profiles) if request.old else _Found()
+    invalid = _added(found.invalid, before.invalid)
+    forbidden = () if invalid else _added(found.forbidden, before.forbidden)
+    return Verdict(invalid + forbidden, found.warnings, forbidden=bool(forbidden))
 
 
 def _added(now: Sequence[Problem], before: Sequence[Problem]) -> tuple[Problem, ...]:
@@ -163,36 +160,28 @@ def _added(now: Sequence[Problem], before: Sequence[Problem]) -> tuple[Problem, 
     return tuple(problem for problem in dict.fromkeys(now) if problem not in before)
 
 
-def _spec_problems(raw: Object | None, namespace: str, profiles: Sequence[Object]) -> list[Problem]:
-    """Of the job with its profile's defaults, where there is one."""
-    if raw is None:
-        return []
+class _Found(NamedTuple):
+    invalid: Sequence[Problem] = ()
+    """What nobody could run."""
+    forbidden: Sequence[Problem] = ()
+    """What the profile does not allow."""
+    warnings: tuple[str, ...] = ()
+
+
+def _under_profile(raw: Object, namespace: str, profiles: Sequence[Object]) -> _Found:
     try:
         job = parse(_named(raw, namespace))
     except ValidationError as error:
-        return problems_of(error)
+        return _Found(problems_of(error))
     profile = select_profile(job.spec.profile, profiles)
     if isinstance(profile, Refusal):
-        return unsupported(job.spec)
+        # It may come later than the job, which waits for it.
+        return _Found(unsupported(job.spec), (), (profile.message,))
     try:
-        return unsupported(with_defaults(job, profile.spec.defaults).spec)
+        whole = with_defaults(job, profile.spec.defaults)
     except ValidationError as error:
-        return against_defaults(error, profile.metadata.name)
-
-
-def _profile_refusals(raw: Object, namespace: str, profiles: Sequence[Object]) -> tuple[list[Problem], tuple[str, ...]]:
-    """What the profile does not allow, and what is only worth a warning: it may come later than the job."""
-    try:
-        job = parse(_named(raw, namespace))
-    except ValidationError:
-        return [], ()
-    profile = select_profile(job.spec.profile, profiles)
-    if isinstance(profile, Refusal):
-        return [], (profile.message,)
-    try:
-        return not_allowed(with_defaults(job, profile.spec.defaults), profile), ()
-    except ValidationError:
-        return [], ()
+        return _Found(against_defaults(error, profile.metadata.name))
+    return _Found(unsupported(whole.spec), not_allowed(whole, profile))
 
 
 def _named(raw: Object, namespace: str) -> dict[str, Any]:

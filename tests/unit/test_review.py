@@ -60,6 +60,16 @@ def test_what_the_profile_does_not_allow_is_forbidden_with_what_it_does() -> Non
     assert "spec.distribution.workers: found 4; profile 'small' allows at most 2" in status["message"]
 
 
+def test_a_job_is_judged_with_the_defaults_of_its_profile() -> None:
+    locking = profile(defaults={"training": {"maxLength": 512}}, locked=["training.maxLength"])
+    assert judge_job(request(job()), [locking]) == Verdict()
+    (problem,) = judge_job(request(job(training={"maxLength": 1024})), [locking]).problems
+    assert str(problem) == "spec.training.maxLength: found 1024; profile 'small' locks it to 512"
+    gpus = profile(defaults={"distribution": {"workers": 3}})
+    (problem,) = judge_job(request(job()), [gpus]).problems
+    assert str(problem).startswith("spec.training.globalBatchSize: found 16; it must be a multiple of the 3 processes")
+
+
 def test_a_profile_that_comes_later_is_worth_a_warning() -> None:
     verdict = judge_job(request(job(profile="big")), [])
     assert verdict.problems == ()
