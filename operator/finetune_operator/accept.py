@@ -108,7 +108,7 @@ def as_begun(profile: FineTuneProfile | Refusal, before: Snapshot | None) -> Fin
     """With the defaults that the job began under: its data were prepared for them, and its checkpoints are of them."""
     if before is None or isinstance(profile, Refusal):
         return profile
-    return profile.model_copy(update={"spec": profile.spec.model_copy(update={"defaults": dict(before.defaults)})})
+    return profile.model_copy(update={"spec": profile.spec.model_copy(update={"defaults": before.defaults})})
 
 
 def complete(job: FineTuneJob, profile: FineTuneProfile | None, before: Snapshot | None) -> FineTuneJob | Refusal:

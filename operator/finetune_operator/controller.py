@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from finetune_operator.admission import AdmissionOptions, AdmissionServer
 from finetune_operator.cluster import ApiError, KubeCluster, load_configuration
 from finetune_operator.leader import Election, Lost, Terms
-from finetune_operator.manifests import ATTEMPT_LABEL, JOB_LABEL, Context
+from finetune_operator.manifests import ATTEMPT_LABEL, JOB_LABEL, PREPARE, Context
 from finetune_operator.metrics import Metrics, MetricsServer
 from finetune_operator.news import ChildNews, JobNews, job_facts, job_fingerprint, pod_facts, prepares
 from finetune_operator.observe import Census
@@ -300,7 +300,9 @@ class Controller:
 def child_of(raw: Object) -> Key | None:
     """The FineTuneJob whose child it is; None where its labels are not ours."""
     labels = raw["metadata"].get("labels") or {}
-    return (raw["metadata"]["namespace"], labels[JOB_LABEL]) if {JOB_LABEL, ATTEMPT_LABEL} <= labels.keys() else None
+    attempt = labels.get(ATTEMPT_LABEL, "")
+    numbered = attempt == PREPARE or (attempt.isascii() and attempt.isdigit())
+    return (raw["metadata"]["namespace"], labels[JOB_LABEL]) if numbered and JOB_LABEL in labels else None
 
 
 def at_rest(raw: Object) -> bool:

@@ -198,8 +198,8 @@ def read_job(raw: Object) -> Child:
         message=(ended or {}).get("message") or "",
         selective=_refuses_nodes(spec),
         profile=notes.get(PROFILE),
-        profile_generation=int(notes[PROFILE_GENERATION]) if PROFILE_GENERATION in notes else None,
-        gpus=int(notes[GPUS]) if GPUS in notes else None,
+        profile_generation=_count(notes.get(PROFILE_GENERATION)),
+        gpus=_count(notes.get(GPUS)),
         snapshot=Snapshot.decode(notes[snapshot.ANNOTATION]) if snapshot.ANNOTATION in notes else None,
     )
 
@@ -223,7 +223,7 @@ def read_pod(raw: Object) -> Pod:
     return Pod(
         name=meta["name"],
         owner=controller_uid(raw) or "",
-        index=int(index) if index is not None else None,
+        index=_count(index),
         phase=status.get("phase", "Pending"),
         created=_time(meta["creationTimestamp"]),
         deletion=_time(meta["deletionTimestamp"]) if "deletionTimestamp" in meta else None,
@@ -250,6 +250,10 @@ def _end(terminated: Object) -> ContainerEnd:
 
 def _condition(status: Object, kind: str) -> Object | None:
     return next((c for c in status.get("conditions") or () if c["type"] == kind and c["status"] == "True"), None)
+
+
+def _count(text: str | None) -> int | None:
+    return int(text) if text and text.isascii() and text.isdigit() and len(text) < 16 else None
 
 
 def _time(text: str) -> datetime.datetime:

@@ -1,37 +1,39 @@
 """PURE. What of its profile still decides about a job once its pods are made: it is written beside each attempt."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import ValidationError
+
+from finetune_api.model import ApiModel
 from finetune_api.profile import FineTuneProfile
 
 ANNOTATION = "finetune.dev/profile-snapshot"
 
 
-@dataclass(frozen=True)
-class Snapshot:
+class Snapshot(ApiModel):
     """All else of a profile is in the pods themselves. A profile that changes alters nothing that runs."""
 
     scheduling_grace_seconds: int
     max_active_deadline_seconds: int | None = None
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    defaults: dict[str, Any] = {}
 
     @classmethod
     def of(cls, profile: FineTuneProfile) -> "Snapshot":
         spec = profile.spec
-        return cls(spec.scheduling_grace_seconds, spec.limits.max_active_deadline_seconds, spec.defaults or {})
+        return cls(
+            scheduling_grace_seconds=spec.scheduling_grace_seconds,
+            max_active_deadline_seconds=spec.limits.max_active_deadline_seconds,
+            defaults=spec.defaults or {},
+        )
 
     def encode(self) -> str:
-        said = {
-            "schedulingGraceSeconds": self.scheduling_grace_seconds,
-            "maxActiveDeadlineSeconds": self.max_active_deadline_seconds,
-            "defaults": self.defaults,
-        }
-        return json.dumps({key: value for key, value in said.items() if value}, sort_keys=True, separators=(",", ":"))
+        return json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
 
     @classmethod
-    def decode(cls, text: str) -> "Snapshot":
-        said = json.loads(text)
-        return cls(said["schedulingGraceSeconds"], said.get("maxActiveDeadlineSeconds"), said.get("defaults", {}))
+    def decode(cls, text: str) -> "Snapshot | None":
+        """None where it is not one: whoever may write Jobs may have changed it."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError:
+            return None

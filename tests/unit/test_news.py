@@ -8,7 +8,9 @@ import pytest
 
 from finetune_api.failures import Reason
 from finetune_operator.cluster import ApiError
+from finetune_operator.controller import child_of
 from finetune_operator.news import ChildNews, JobNews, job_facts, pod_facts
+from finetune_operator.observe import Census
 from finetune_operator.profiles import FRESH_SECONDS, Profiles
 from support.world import Object, World, make_job, make_profile, rfc3339, started
 
@@ -182,3 +184,25 @@ async def test_a_failed_read_of_profiles_is_not_kept() -> None:
     with pytest.raises(ApiError):
         await profiles.choice(None)
     assert len(await profiles.choice(None)) == 1
+
+
+@pytest.mark.parametrize("attempt", ["", "x", "-1", "1.5", "²"])
+def test_a_job_that_somebody_labelled_like_ours_is_not_read(attempt: str) -> None:
+    """One that cannot be read would end the look at everybody's."""
+    labels = {"finetune.dev/job-name": "j", "finetune.dev/attempt": attempt}
+    assert child_of({"metadata": {"namespace": "a", "name": "x", "labels": labels}}) is None
+    assert child_of({"metadata": {"namespace": "a", "name": "x", "labels": labels | {"finetune.dev/attempt": "3"}}})
+
+
+async def test_annotations_that_somebody_changed_keep_nobody_from_being_read() -> None:
+    world = await started(World(make_job().build()))
+    job, pod = world.objects["Job", "support-bot-0"], world.pod("support-bot-0")
+    for raw in (job, pod):
+        raw["metadata"]["annotations"] = dict.fromkeys(raw["metadata"]["annotations"], "x")
+        raw["metadata"]["namespace"] = "team-a"
+    census = Census()
+    census.add_job(job)
+    census.add_pod(pod)
+    observed = census.of("job-uid", "team-a", "support-bot")
+    assert [(child.attempt, child.snapshot, child.gpus) for child in observed.jobs] == [(0, None, None)]
+    assert [pod.index for pod in observed.pods] == [None]
