@@ -5,6 +5,7 @@ import secrets
 import socket
 import ssl
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ import pytest
 from kubernetes.aio.client.configuration import Configuration
 from prometheus_client import generate_latest
 
-from finetune_operator.admission import MAX_BODY, AdmissionOptions, AdmissionServer
+from finetune_operator.admission import MAX_BODY
 from finetune_operator.cluster import KubeCluster
 from finetune_operator.metrics import Metrics
-from finetune_operator.profiles import Profiles
+from support.admitting import webhook_server
 from support.api import Api
 from support.manifests import job_manifest
 from support.reporting import install_crds, kube_cluster
@@ -54,25 +55,19 @@ class Webhook:
         return response
 
 
-async def serve(cluster: KubeCluster, folder: Path, **options: Any) -> AsyncIterator[Webhook]:
-    given = AdmissionOptions(folder, ("127.0.0.1",), host="127.0.0.1", port=0, **options)
-    metrics = Metrics()
-    server = AdmissionServer(cluster, Profiles(cluster), given, metrics)
-    await server.start()
-    trust = ssl.create_default_context(cafile=str(folder / "ca.crt"))
-    try:
+@asynccontextmanager
+async def serve(cluster: KubeCluster, folder: Path) -> AsyncIterator[Webhook]:
+    async with webhook_server(cluster, folder) as (server, metrics):
+        trust = ssl.create_default_context(cafile=str(folder / "ca.crt"))
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=trust)) as session:
             yield Webhook(session, f"https://127.0.0.1:{server.port}", metrics)
-    finally:
-        await server.stop()
 
 
 @pytest.fixture
 async def webhook(cluster: Any, api: Api, tmp_path: Path) -> AsyncIterator[Webhook]:
     await install_crds(api)
-    async with kube_cluster(cluster.kubeconfig) as kube:
-        async for served in serve(kube, tmp_path / "tls"):
-            yield served
+    async with kube_cluster(cluster.kubeconfig) as kube, serve(kube, tmp_path / "tls") as served:
+        yield served
 
 
 @pytest.fixture
@@ -166,7 +161,7 @@ async def test_an_api_server_that_does_not_answer_admits_nothing(tmp_path: Path)
     with socket.socket() as closed:  # bound, and nobody listens
         closed.bind(("127.0.0.1", 0))
         kube = KubeCluster(Configuration(host=f"http://127.0.0.1:{closed.getsockname()[1]}"))
-        async for webhook in serve(kube, tmp_path / "tls"):
+        async with serve(kube, tmp_path / "tls") as webhook:
             job = job_manifest("j", "default")
             request = {"kind": {"kind": "FineTuneJob"}, "operation": "CREATE", "namespace": "default"}
             request |= {"object": job, "userInfo": {"username": "a"}}
