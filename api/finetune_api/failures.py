@@ -117,6 +117,9 @@ class TerminationMessage(ApiModel):
     """The last optimizer step that was completed."""
     resumed_from_step: int | None = None
     node: ShortText | None = None
+    read_bytes: Annotated[int, Field(ge=0, le=2**53)] | None = None
+    """Of objects in the store, by all processes of this pod."""
+    written_bytes: Annotated[int, Field(ge=0, le=2**53)] | None = None
     result: TrainingResult | None = None
     prepared: PreparedSummary | None = None
 

@@ -96,6 +96,7 @@ class Controller:
         """Waits for the lease and acts while it is held. Its end is the end of the process."""
         await election.win()
         self.metrics.leader.set(1)
+        self.metrics.jobs.begin()
         # From here on what is heard is put on the queue; what was heard before is looked at once.
         self._acting = True
         try:
@@ -139,6 +140,10 @@ class Controller:
         self.metrics.watched("Pod")
         if (key := child_of(raw)) is None:
             return
+        if kind == "DELETED":
+            self.metrics.jobs.forget_pod(raw["metadata"]["uid"])
+        elif self._acting:
+            self.metrics.jobs.note_pod(raw)
         if kind and prepares(raw) and raw.get("status", {}).get("phase") == "Succeeded":
             self._prepare_pods[key] = raw["metadata"]["name"]
         if self._children.heard(raw, pod_facts(raw, gone=kind == "DELETED")):
@@ -221,6 +226,7 @@ class Controller:
         async for raw in self._cluster.list_all("Pod", namespaces):
             if child_of(raw):
                 census.add_pod(raw)
+                self.metrics.jobs.note_pod(raw)
                 self._children.heard(raw, pod_facts(raw))
         async for raw in self._cluster.list_all("FineTuneJob", namespaces):
             missing.discard((raw["metadata"]["namespace"], raw["metadata"]["name"]))

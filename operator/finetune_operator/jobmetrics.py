@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 from finetune_api.failures import Reason, outcome_of
 from finetune_api.jobstatus import State
 from finetune_operator.ledger import OTHER, STARTUP, Entry, Ledger, Survey
-from finetune_operator.sight import FINISHED, Key, Object, read
+from finetune_operator.sight import FINISHED, Key, Object, moved, read
 
 PREFIX = "finetune_operator_"
 STATES: tuple[str, ...] = get_args(State)
@@ -67,6 +67,10 @@ class JobMetrics(Collector):
             self._startup.labels(phase)
         registry.register(self)
 
+    def begin(self) -> None:
+        """This operator acts from now on."""
+        self._ledger.begin(self._clock())
+
     def note(self, raw: Object) -> None:
         """A FineTuneJob as the API server has it, or had."""
         sight = read(raw)
@@ -76,6 +80,14 @@ class JobMetrics(Collector):
     def forget(self, key: Key) -> None:
         """The job is gone, and with it its series."""
         self._ledger.forget(key, self._clock())
+
+    def note_pod(self, raw: Object) -> None:
+        """A pod of a FineTuneJob."""
+        if found := moved(raw):
+            self._ledger.moved(found)
+
+    def forget_pod(self, uid: str) -> None:
+        self._ledger.forget_pod(uid)
 
     def known(self) -> set[Key]:
         return self._ledger.keys()
@@ -124,7 +136,7 @@ class JobMetrics(Collector):
         waits = SummaryMetricFamily(
             PREFIX + "queue_wait_seconds", "Time in the state Queued.", labels=["job_namespace"]
         )
-        moved = CounterMetricFamily(
+        traffic = CounterMetricFamily(
             PREFIX + "storage_bytes", "Bytes moved from and to the object store.", labels=["job_namespace", "direction"]
         )
         for namespace, tally in tallies:
@@ -133,8 +145,8 @@ class JobMetrics(Collector):
             for state in FINISHED:
                 ended.add_metric([namespace, state], tally.ended[state])
             for direction in DIRECTIONS:
-                moved.add_metric([namespace, direction], tally.bytes[direction])
-        yield from (hours, ended, waits, moved)
+                traffic.add_metric([namespace, direction], tally.bytes[direction])
+        yield from (hours, ended, waits, traffic)
         failures = CounterMetricFamily(PREFIX + "jobs_failed", "FineTuneJobs that failed, by why.", labels=["reason"])
         for reason in Reason:
             failures.add_metric([reason.value], self._ledger.failures[reason])

@@ -8,7 +8,7 @@ its last job.
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
-from finetune_operator.sight import HOLDING, Key, Sight
+from finetune_operator.sight import HOLDING, Key, Moved, Sight
 
 OTHER = "other"
 STARTUP = ("Pending", "Preparing", "Queued", "Starting", "Loading")
@@ -47,8 +47,6 @@ class Entry:
     """Its namespace, or `other`."""
     gpu_seconds: float
     """Of it, how much has been counted."""
-    moved: Counter[tuple[str, int]]
-    """Likewise of the bytes of each of its attempts."""
     last_ended: int
     """Number of the newest attempt whose end has been counted."""
     step_time: float | None = None
@@ -88,12 +86,18 @@ class Ledger:
         self._labels: dict[str, str] = {}
         self._empty: dict[str, float] = {}
         """Namespaces without jobs, and since when."""
+        self._pods: set[str] = set()
+        """UIDs of those that are still there and whose bytes are counted."""
         self.tallies: dict[str, Tally] = defaultdict(Tally)
         """By namespace, or `other`."""
         self.failures: Counter[str] = Counter()
         """Jobs that failed, by reason."""
         self.attempts: Counter[tuple[str, str]] = Counter()
         """Attempts that ended, by outcome and reason."""
+
+    def begin(self, now: float) -> None:
+        """Counts from now on: what was before, another operator has counted."""
+        self._born = now
 
     def keys(self) -> set[Key]:
         return set(self._entries)
@@ -125,6 +129,18 @@ class Ledger:
             del self._count[key[0]]
             self._empty[key[0]] = now
 
+    def moved(self, pod: Moved) -> None:
+        """A pod has ended; what is told again is counted once."""
+        if pod.uid in self._pods or pod.ended < self._born:
+            return
+        self._pods.add(pod.uid)
+        tally = self.tallies[self._labels.get(pod.namespace, OTHER)]
+        tally.bytes["read"] += pod.read
+        tally.bytes["written"] += pod.written
+
+    def forget_pod(self, uid: str) -> None:
+        self._pods.discard(uid)
+
     def _first(self, sight: Sight, now: float) -> Entry:
         namespace = sight.key[0]
         self._count[namespace] += 1
@@ -142,17 +158,12 @@ class Ledger:
             witnessed=new and sight.word == "Pending",
             label=label,
             gpu_seconds=0.0 if new else sight.gpu_seconds(now),
-            moved=Counter() if new else _moved(sight),
             last_ended=-1 if new else max((run.number for run in sight.runs if run.outcome), default=-1),
         )
 
     def _advance(self, entry: Entry, before: Sight, sight: Sight, now: float) -> None:
         self._accrue(entry, now)
         tally = self.tallies[entry.label]
-        moved = _moved(sight)
-        for (direction, _), count in (moved - entry.moved).items():
-            tally.bytes[direction] += count
-        entry.moved = moved
         for run in sight.runs:
             if run.outcome and run.number > entry.last_ended:
                 self.attempts[run.outcome, run.reason] += 1
@@ -160,6 +171,7 @@ class Ledger:
         first_seen_ended = before is sight and not self._since_born(sight.completed)
         if sight.finished and not first_seen_ended:
             tally.ended[sight.state] += 1
+            tally.bytes["published"] += sight.published_bytes
             if sight.state == "Failed":
                 self.failures[sight.reason] += 1
         if _steps(sight) != _steps(before) or entry.step_time is None:
@@ -237,16 +249,6 @@ def _older(sight: Sight, known: Sight) -> bool:
 
 def _steps(sight: Sight) -> tuple[int | None, int | None] | None:
     return (sight.training.attempt, sight.training.step) if sight.training else None
-
-
-def _moved(sight: Sight) -> Counter[tuple[str, int]]:
-    """Bytes by direction and attempt: each attempt counts from 0."""
-    moved = Counter({("published", -1): sight.published_bytes})
-    if sight.training:
-        for direction in ("read", "written"):
-            told = sight.training.metrics.get(f"storage_{direction}_bytes", 0.0)
-            moved[direction, sight.training.attempt or 0] = int(max(0.0, told))
-    return moved
 
 
 def _began(entry: Entry) -> tuple[float, Key]:

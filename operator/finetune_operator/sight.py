@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from finetune_api.failures import Reason
 from finetune_operator.accept import MANAGER
+from finetune_operator.observe import read_pod
 
 Object = Mapping[str, Any]
 Key = tuple[str, str]
@@ -49,6 +50,16 @@ class Training(NamedTuple):
     remaining_seconds: float | None
     reported: float | None
     metrics: Mapping[str, float]
+
+
+class Moved(NamedTuple):
+    """What a pod that has ended had read from the object store and written to it, in bytes."""
+
+    uid: str
+    namespace: str
+    ended: float
+    read: int
+    written: int
 
 
 class Sight(NamedTuple):
@@ -127,6 +138,17 @@ def read(raw: Object) -> Sight | None:
         completed=_seconds(status.get("completionTime")),
         published_bytes=(status.get("result") or {}).get("sizeBytes", 0),
     )
+
+
+def moved(raw: Object) -> Moved | None:
+    """None while the pod runs, and where it has left no word of it."""
+    pod = read_pod(raw)
+    said = pod.end.message if pod.end else None
+    if pod.end is None or pod.end.finished is None or said is None or said.read_bytes is None:
+        return None
+    meta = raw["metadata"]
+    ended = pod.end.finished.timestamp()
+    return Moved(meta["uid"], meta["namespace"], ended, said.read_bytes, said.written_bytes or 0)
 
 
 def _run(attempt: Object, per_worker: int) -> Run:

@@ -48,6 +48,8 @@ def test_prepare_ends_well_and_without_torch(s3: S3, tmp_path: Path) -> None:
     assert (code, message.reason, message.node) == (0, None, "node-1")
     assert message.prepared is not None
     assert message.prepared.train_examples == 10
+    assert (message.read_bytes or 0) > 1000
+    assert (message.written_bytes or 0) > 1000
     imported = {line.rpartition("|")[2].strip() for line in output.splitlines() if line.startswith("import time:")}
     assert "tokenizers" in imported
     assert not imported & {"torch", "transformers", "datasets"}

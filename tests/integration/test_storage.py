@@ -11,6 +11,7 @@ from finetune_api.run import StorageConfig
 from finetune_trainer.publish import fetch_verified, publish
 from finetune_trainer.storage import PART, Store, Wanted
 from finetune_trainer.storage_errors import AlreadyExists, ObjectChanged, ObjectMissing
+from finetune_trainer.traffic import of_pod
 from support.s3 import S3, running_proxy, running_s3, unused_port
 
 pytestmark = pytest.mark.integration
@@ -51,6 +52,30 @@ def test_a_large_file_goes_up_in_parts_and_comes_back_in_ranges(store: Store, tm
     assert sum(seen) == len(data)
     assert store.get_range(pinned, PART - 3, 7) == data[PART - 3 : PART + 4]
     assert list((tmp_path / "sub").iterdir()) == [tmp_path / "sub" / "out"]
+
+
+def test_what_is_moved_is_counted_by_all_of_a_pod(
+    s3: S3, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FINETUNE_WORK_DIR", str(tmp_path / "work"))
+    assert of_pod() == (0, 0)
+    data = pattern(PART * 2)[: PART * 2 + 12345]
+    (tmp_path / "in").write_bytes(data)
+    with make_store(s3.endpoint) as first:
+        first.upload(tmp_path / "in", "s3://bucket/counted/in")
+        pinned = first.pin("s3://bucket/counted/in")
+        first.download(Wanted(pinned, tmp_path / "out"))
+        read, written = first.moved
+        assert read == len(data)
+        # What is around the parts is counted too: a checksum's trailer, the list of parts.
+        assert len(data) <= written < len(data) * 1.001
+    with make_store(s3.endpoint) as second:
+        second.put_bytes("s3://bucket/counted/small", b"x" * 100)
+        assert second.get_range(pinned, 5, 10) == data[5:15]
+        assert of_pod() == (len(data) + 10, written + second.moved.written)
+    assert second.moved.written >= 100
+    assert of_pod().read == len(data) + 10
+    assert store.moved == (0, 0)
 
 
 def test_an_empty_object_is_an_object(store: Store, s3: S3, tmp_path: Path) -> None:

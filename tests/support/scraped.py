@@ -103,7 +103,7 @@ def lives(namespace: str, name: str, *, since: float = 0.0, count: Iterator[int]
     for state, status in LIFE:
         yield job.raw(state, next(numbers), status)
     for step in (1, 50):
-        metrics = {"loss": str(2 - step / 100), "tokens_per_second": "3000", "storage_read_bytes": str(step * 10**6)}
+        metrics = {"loss": str(2 - step / 100), "tokens_per_second": "3000"}
         told = trainer(step, progressPercentage=step, estimatedRemainingSeconds=100 - step, metrics=metrics)
         checkpoint = {"uri": "s3://b/k", "step": step, "time": at(60)}
         status = {"attempts": [run(started=60)], "trainerStatus": told, "checkpoint": checkpoint}

@@ -1,6 +1,9 @@
 """What Prometheus is told of jobs: what is counted, when series go, and how many there can be."""
 
+from finetune_api.failures import TerminationMessage
+from finetune_operator.jobmetrics import DIRECTIONS
 from finetune_operator.ledger import FORGET_AFTER
+from finetune_operator.manifests import CONTAINER
 from support.scraped import BORN, Board, Told, at, failed, run, trainer
 from support.world import Object
 
@@ -156,6 +159,16 @@ def test_what_was_before_the_operator_is_not_counted_again() -> None:
     assert board.value("attempts_ended_total", outcome="Retryable", reason="Hung") == 0
 
 
+def test_what_another_operator_has_counted_is_not_counted_again() -> None:
+    board = Board(now=500)
+    board.metrics.begin()
+    board.tell(Told("old", created=100), "Failed", conditions=failed("Diverged"), completionTime=at(400))
+    board.metrics.note_pod(ended_pod("a", 1000, 50, finished=400))
+    board.tell(Told("new", created=501), "Failed", conditions=failed("Diverged"), completionTime=at(502))
+    assert board.value("jobs_ended_total", job_namespace="team-a", state="Failed") == 1
+    assert board.value("storage_bytes_total", job_namespace="team-a", direction="read") == 0
+
+
 def test_failures_are_counted_by_reason_once_from_zero() -> None:
     board, job = Board(), Told()
     board.tell(job, None)
@@ -208,17 +221,35 @@ def test_a_job_of_the_same_name_is_another_one() -> None:
     assert board.value("namespace_jobs", job_namespace="team-a", state="Running") == 1
 
 
-def test_bytes_are_counted_over_attempts() -> None:
+def ended_pod(uid: str, read: int, written: int, *, finished: float = 50, namespace: str = "team-a") -> Object:
+    said = TerminationMessage(read_bytes=read, written_bytes=written).encode().decode()
+    ended = {"exitCode": 0, "startedAt": at(1), "finishedAt": at(finished), "message": said}
+    meta = {"name": uid, "namespace": namespace, "uid": uid, "creationTimestamp": at(0)}
+    status = {"phase": "Succeeded", "containerStatuses": [{"name": CONTAINER, "state": {"terminated": ended}}]}
+    return {"metadata": meta, "status": status}
+
+
+def test_bytes_are_counted_once_for_each_pod() -> None:
     board, job = Board(), Told()
-    first = {"storage_read_bytes": "1000", "storage_written_bytes": "50"}
-    board.tell(job, "Running", attempts=[run(started=1)], trainerStatus=trainer(1, metrics=first))
-    more = {"storage_read_bytes": "1500", "storage_written_bytes": "80"}
-    board.tell(job, "Running", attempts=[run(started=1)], trainerStatus=trainer(2, metrics=more))
-    over = run(started=1, ended=5, outcome="Retryable", reason="Hung")
-    again = {"storage_read_bytes": "700"}
-    board.tell(job, "Running", attempts=[over, run(1, started=6)], trainerStatus=trainer(2, attempt=1, metrics=again))
+    board.tell(job, "Running", attempts=[run(started=1)])
+    for _ in range(2):
+        board.metrics.note_pod(ended_pod("a", 1000, 50))
+    board.metrics.note_pod(ended_pod("b", 700, 0))
+    board.metrics.note_pod(ended_pod("of an earlier operator", 9000, 9000, finished=-5))
+    board.metrics.note_pod(ended_pod("of a job that is gone", 3, 4, namespace="gone"))
     result = {"uri": "s3://b/k/", "manifestSHA256": "", "sizeBytes": 300}
-    board.tell(job, "Complete", attempts=[over], result=result, completionTime=at(9))
-    told = {d: board.value("storage_bytes_total", job_namespace="team-a", direction=d) for d in ("read", "written")}
-    assert told == {"read": 2200, "written": 80}
-    assert board.value("storage_bytes_total", job_namespace="team-a", direction="published") == 300
+    board.tell(job, "Complete", attempts=[run(started=1)], result=result, completionTime=at(9))
+    told = {d: board.value("storage_bytes_total", job_namespace="team-a", direction=d) for d in DIRECTIONS}
+    assert told == {"read": 1700, "written": 50, "published": 300}
+    assert board.value("storage_bytes_total", job_namespace="other", direction="written") == 4
+
+
+def test_a_pod_that_runs_or_was_killed_tells_no_bytes() -> None:
+    board = Board()
+    board.tell(Told(), "Running")
+    running, killed = ended_pod("a", 1, 1), ended_pod("b", 1, 1)
+    running["status"]["containerStatuses"][0]["state"] = {"running": {"startedAt": at(1)}}
+    killed["status"]["containerStatuses"][0]["state"]["terminated"]["message"] = ""
+    for pod in (running, killed):
+        board.metrics.note_pod(pod)
+    assert board.value("storage_bytes_total", job_namespace="team-a", direction="read") == 0

@@ -2,6 +2,7 @@
 
 import io
 import time
+from collections.abc import Callable
 from typing import Any
 
 from botocore.exceptions import ClientError
@@ -16,14 +17,21 @@ PROGRESS = 2**16
 
 
 class Body(io.RawIOBase):
-    """Bytes [start, stop) of a pinned object; opens lazily. `timeout`: seconds."""
+    """Bytes [start, stop) of a pinned object; opens lazily. `timeout`: seconds; `arrived` hears of bytes that came."""
 
     def __init__(
-        self, client: Any, pinned: PinnedObject, start: int, stop: int, retries: Retries, timeout: float
+        self,
+        client: Any,
+        pinned: PinnedObject,
+        start: int,
+        stop: int,
+        retries: Retries,
+        timeout: float,
+        arrived: Callable[[int], None],
     ) -> None:
         super().__init__()
         self._client, self._pinned, self._position, self._stop = client, pinned, start, stop
-        self._retries, self._timeout = retries, timeout
+        self._retries, self._timeout, self._arrived = retries, timeout, arrived
         self._failures, self._failing_since = 0, 0.0
         self._moved_to, self._moved_at = start, 0.0
         self._answer: Any = None
@@ -42,6 +50,7 @@ class Body(io.RawIOBase):
                 if data:
                     view[: len(data)] = data
                     self._position += len(data)
+                    self._arrived(len(data))
                     self._watch()
                     return len(data)
                 failure: Exception = EOFError("the body ended early")

@@ -35,6 +35,7 @@ from finetune_trainer.storage_errors import (
     is_precondition,
     of_disk,
 )
+from finetune_trainer.traffic import Moved, Traffic
 
 PART = 16 * 2**20
 """Bytes of one ranged GET and of one part of an upload."""
@@ -120,6 +121,8 @@ class Store:
             ),
         )
         self._retries.register(self._client)
+        self._traffic = Traffic.from_env()
+        self._traffic.register(self._client)
         self.region = str(self._client.meta.region_name)
         self._parts = ThreadPoolExecutor(PARTS_AT_ONCE, "s3-part")
         # "classic": the CRT client that "auto" may choose ignores endpoint_url.
@@ -143,6 +146,12 @@ class Store:
         self._parts.shutdown(cancel_futures=True)
         self._transfers.shutdown(cancel=True)
         self._client.close()
+        self._traffic.close()
+
+    @property
+    def moved(self) -> Moved:
+        """Bytes of objects that were read and written."""
+        return self._traffic.moved
 
     def expiry(self) -> datetime.datetime | None:
         """Of `credentials.expiry_of`."""
@@ -238,7 +247,7 @@ class Store:
     def open_stream(self, pinned: PinnedObject, start: int = 0, end: int | None = None) -> BinaryIO:
         """The bytes `start` to `end` (exclusive) of what was pinned; a body that breaks off is continued."""
         stop = pinned.size if end is None else min(end, pinned.size)
-        raw = Body(self._client, pinned, start, stop, self._retries, self._timeout)
+        raw = Body(self._client, pinned, start, stop, self._retries, self._timeout, self._traffic.read)
         return cast(BinaryIO, io.BufferedReader(raw, CHUNK))
 
     def download(self, wanted: Wanted, progress: Progress | None = None) -> str:

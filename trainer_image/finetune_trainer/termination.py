@@ -10,6 +10,7 @@ from finetune_api.run import RunConfig
 from finetune_trainer import log
 from finetune_trainer.outcome import failure_of
 from finetune_trainer.runconfig import read_config
+from finetune_trainer.traffic import of_pod
 
 
 def write_termination(message: TerminationMessage) -> None:
@@ -23,6 +24,16 @@ def write_termination(message: TerminationMessage) -> None:
         os.close(descriptor)
 
 
+def _moved() -> dict[str, int]:
+    """What all processes of this pod have moved. A disk that fails must not cost the last word."""
+    try:
+        read, written = of_pod()
+    except OSError as error:
+        log.event("bytes moved are not known", level="warning", message=str(error))
+        return {}
+    return {"read_bytes": read, "written_bytes": written}
+
+
 def run(program: Callable[[RunConfig], TerminationMessage]) -> int:
     """Runs a program that is a container's PID 1: writes its termination message and returns its exit code."""
     try:
@@ -31,7 +42,7 @@ def run(program: Callable[[RunConfig], TerminationMessage]) -> int:
         message = failure_of(error)
         if not isinstance(error, FineTuneError):
             traceback.print_exc()
-    message = message.model_copy(update={"node": os.environ.get("FINETUNE_NODE_NAME")})
+    message = message.model_copy(update={"node": os.environ.get("FINETUNE_NODE_NAME"), **_moved()})
     write_termination(message)
     if message.reason is None:
         log.event("done")

@@ -13,6 +13,7 @@ output/                   what is published
 teachers/<name>/          the model that a stage which generates asks, where that is another one
 outcomes/rank-<r>.json    how rank r ended
 heartbeats/rank-<r>       where rank r is, and beside it the stacks that it was asked for
+traffic/                  how many bytes each client has moved from and to the object store
 finished                  how many stages were finished by earlier attempts
 stages/<name>/            the result of a stage that is finished
 merged/<name>/            that result's adapter worked into the model that it was trained on
