@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
+from finetune_api.configkeys import check_config
 from finetune_api.failures import FineTuneError, Reason
 from finetune_api.shape import ModelShape
 from finetune_api.tuning import Tuning
@@ -49,10 +50,6 @@ SCORES = {"ForSequenceClassification"}, "reward models (…ForSequenceClassifica
 def parse_config(data: bytes, uri: str, kind: tuple[set[str], str] = ANSWERS) -> dict[str, Any]:
     """config.json of a model whose code transformers itself has: ANSWERS or SCORES. Raises ModelInvalid."""
     config = _json_object(data, uri)
-    if "auto_map" in config:
-        raise invalid(
-            f"{uri}: `auto_map` asks to run the model's own code, which is never done; use a supported family"
-        )
     names = config.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise invalid(f"{uri}: `architectures` is missing; it names the model's class, such as LlamaForCausalLM")
@@ -60,6 +57,7 @@ def parse_config(data: bytes, uri: str, kind: tuple[set[str], str] = ANSWERS) ->
         raise invalid(f"{uri}: found the architecture {names[0]}; {kind[1]} are supported")
     if "quantization_config" in config:
         raise invalid(f"{uri}: the weights are quantised already (`quantization_config`); use the full-precision model")
+    check_config(config, uri)
     for field in ("hidden_size", "layers", "vocab_size"):
         number(config, field, uri)
     return config

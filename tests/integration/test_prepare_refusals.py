@@ -311,6 +311,19 @@ MODELS: dict[str, tuple[Change, str]] = {
     "a config that is no JSON": (lambda f: f | {"config.json": b"{"}, "config.json: it is not valid JSON"),
     "a config that is a list": (lambda f: f | {"config.json": b"[]"}, "config.json: it must be one JSON object"),
     "code of its own": (with_config(auto_map={"AutoModel": "x.Y"}), "`auto_map` asks to run the model's own code"),
+    "code of a part": (
+        with_config(text_config={"auto_map": {"AutoModel": "x.Y"}}), "`text_config.auto_map` asks to run the"),
+    "an attention of its own": (
+        with_config(_attn_implementation_internal="org/kernel"), "`_attn_implementation_internal` names an"),
+    "a key that nobody knows": (with_config(extra_files=["a.py"]), "found the key `extra_files`, which no"),
+    "code of a tokenizer": (
+        lambda f: f | {"tokenizer_config.json": b'{"auto_map": {"AutoTokenizer": ["x.Y", null]}}'},
+        "tokenizer_config.json: `auto_map` asks to run the model's own code"),
+    "code of a generation": (
+        lambda f: f | {"generation_config.json": b'{"custom_generate": "org/code"}'},
+        "generation_config.json: `custom_generate` asks to run"),
+    "a shard elsewhere": (as_index(["../../x.safetensors"]), "names '../../x.safetensors'; a shard is a .safetensors"),
+    "a shard that is a pickle": (as_index(["pytorch_model.bin"]), "names 'pytorch_model.bin'; a shard is a"),
     "an encoder": (with_config(architectures=["BertModel"]), "found the architecture BertModel"),
     "no architecture": (with_config(architectures=None), "`architectures` is missing"),
     "no width": (with_config(hidden_size="big"), "`hidden_size` must be a whole number of at least 1; found 'big'"),

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from finetune_api.configkeys import check_adapter_config
 from finetune_api.failures import FineTuneError, Reason
 from finetune_api.job import FineTuneJobSpec
 from finetune_api.manifest import MANIFEST_KEY, Manifest
@@ -42,7 +43,9 @@ def inspect_adapter(store: Store, spec: FineTuneJobSpec, model: BaseModel) -> li
             config = json.loads(store.get_bytes(pins[CONFIG], SMALL))
         except (ValueError, RecursionError) as error:
             raise invalid(f"{pins[CONFIG].uri} is not valid JSON") from error
-        check_config(config if isinstance(config, dict) else {}, spec.tuning, prefix)
+        known = config if isinstance(config, dict) else {}
+        check_adapter_config(known, pins[CONFIG].uri)
+        check_config(known, spec.tuning, prefix)
         check_tensors(header_of(store, pins[WEIGHTS]), expected(spec.tuning, model.linears, model.shape), prefix)
     except FineTuneError as error:
         if error.reason == Reason.INVALID_SPEC:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
+from finetune_api.configkeys import check_beside
 from finetune_api.failures import FineTuneError, Reason
 from finetune_api.job import FineTuneJobSpec
 from finetune_api.modelfiles import (
@@ -96,9 +97,12 @@ def weight_files(store: Store, listed: Mapping[str, PinnedObject], prefix: str) 
     if "model.safetensors.index.json" in listed:
         uri = f"{prefix}model.safetensors.index.json"
         try:
-            names = sorted(set(json.loads(store.get_bytes(uri, SMALL))["weight_map"].values()))
+            names = sorted(set(json.loads(store.get_bytes(uri, SMALL))["weight_map"].values()), key=str)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise invalid(f"{uri} is not an index of safetensors files") from error
+        for name in names:
+            if not isinstance(name, str) or "/" in name or not name.endswith(".safetensors"):
+                raise invalid(f"{uri} names {name!r}; a shard is a .safetensors file beside it")
         missing = [name for name in names if name not in listed]
         if missing:
             raise invalid(f"{uri} names {missing[0]}, which does not exist")
@@ -139,6 +143,7 @@ def _inspect(
     shape = model_shape(config, tensors, spec.tuning, prefix)
     linears = linear_modules(tensors)
     special = _special_tokens(store, files)
+    _optional_json(store, files, "generation_config.json")
     source = _chat_source(store, files)
     eos = _eos_id(tokenizer, special, config, tokenizer_uri)
     # A template may write it though the model's files name it by its number alone.
@@ -182,6 +187,7 @@ def _optional_json(store: Store, files: Mapping[str, PinnedObject], name: str) -
         raise invalid(f"{files[name].uri} is not valid JSON") from error
     if not isinstance(value, dict):
         raise invalid(f"{files[name].uri} must be one JSON object")
+    check_beside(value, files[name].uri)
     return value
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
+from finetune_api.configkeys import check_adapter_config
 from finetune_api.failures import FineTuneError, Reason
 from finetune_api.job import FineTuneJobSpec
 from finetune_api.manifest import MANIFEST_KEY
@@ -59,7 +60,9 @@ def _adapter(store: Store, listed: Mapping[str, PinnedObject], model: BaseModel,
     pins = dict(zip(names, store.pin_all([join(prefix, name) for name in names]), strict=True))
     if MANIFEST_KEY in pins:
         check_manifest(read_manifest(store, pins[MANIFEST_KEY].uri), pins, model.sha256, prefix)
-    task = _json(store, pins[CONFIG]).get("task_type")
+    config = _json(store, pins[CONFIG])
+    check_adapter_config(config, pins[CONFIG].uri)
+    task = config.get("task_type")
     if task != "SEQ_CLS":
         raise invalid(f"{prefix} is an adapter for {task}; a reward model's is for SEQ_CLS (method Reward makes one)")
     _check_head(header_of(store, pins[WEIGHTS]), model, prefix)
