@@ -128,6 +128,14 @@ class Cluster(Protocol):
     async def post_event(self, event: Object) -> None:
         """Creates an Event, or counts up the one of the same name."""
 
+    # For the metrics server.
+
+    async def authenticate(self, token: str) -> Object | None:
+        """The token's user (authentication.k8s.io/v1 UserInfo), or None where it is no token of this cluster."""
+
+    async def may_get(self, user: Mapping[str, Any], url: str) -> bool:
+        """Whether a user may `get` this nonResourceURL."""
+
     # For the progress server.
 
     async def token_review(self, token: str, audiences: tuple[str, ...]) -> TokenUser | None:
@@ -257,11 +265,22 @@ class KubeCluster:
 
     async def may(self, user: Mapping[str, Any], attributes: Object) -> bool:
         """Whether a user (authentication.k8s.io/v1 UserInfo) may do what these resourceAttributes say."""
-        spec: Object = {"user": user.get("username"), "resourceAttributes": attributes}
+        return await self._review(user, {"resourceAttributes": attributes})
+
+    async def _review(self, user: Mapping[str, Any], attributes: Object) -> bool:
+        spec: Object = {"user": user.get("username"), **attributes}
         spec |= {key: user[key] for key in ("uid", "groups", "extra") if user.get(key)}
         review = {"apiVersion": "authorization.k8s.io/v1", "kind": "SubjectAccessReview", "spec": spec}
         status = (await self._call("POST", _path("SubjectAccessReview", None), {}, review)).get("status", {})
         return bool(status.get("allowed"))
+
+    async def authenticate(self, token: str) -> Object | None:
+        review = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "spec": {"token": token}}
+        status = (await self._call("POST", _path("TokenReview", None), {}, review)).get("status", {})
+        return status.get("user") if status.get("authenticated") else None
+
+    async def may_get(self, user: Mapping[str, Any], url: str) -> bool:
+        return await self._review(user, {"nonResourceAttributes": {"path": url, "verb": "get"}})
 
     async def get_pod(self, namespace: str, name: str) -> Object | None:
         return await self.get("Pod", namespace, name)

@@ -16,12 +16,14 @@ from finetune_operator.admission import AdmissionOptions, AdmissionServer
 from finetune_operator.cluster import ApiError, KubeCluster, load_configuration
 from finetune_operator.leader import Election, Lost, Terms
 from finetune_operator.manifests import ATTEMPT_LABEL, JOB_LABEL, PREPARE, Context
-from finetune_operator.metrics import Metrics, MetricsServer
+from finetune_operator.metrics import Metrics
 from finetune_operator.news import ChildNews, JobNews, job_facts, job_fingerprint, pod_facts, prepares
 from finetune_operator.observe import Census
 from finetune_operator.profiles import Profiles
 from finetune_operator.progress import ProgressOptions, ProgressServer
 from finetune_operator.reconcile import Key, NotYet, glance, reconcile
+from finetune_operator.scrape import Access, MetricsServer
+from finetune_operator.serving import Listening
 from finetune_operator.settings import Settings, operator_version
 from finetune_operator.tls import TlsError
 from finetune_operator.workqueue import WorkQueue
@@ -258,11 +260,9 @@ class Controller:
 
     async def _start_servers(self) -> None:
         settings = self.settings
-        host = urlsplit(settings.progress_url or "").hostname
-        names = dict.fromkeys([*([host] if host else []), *settings.progress_hosts, "localhost", "127.0.0.1"])
         options = ProgressOptions(
             tls_folder=settings.tls_folder,
-            hosts=tuple(names),
+            hosts=self._hosts(),
             host=settings.progress_host,
             port=settings.progress_port,
         )
@@ -279,11 +279,22 @@ class Controller:
         self._progress_url = (settings.progress_url or f"https://127.0.0.1:{server.port}").rstrip("/")
         await self._read_authority()
 
+    def _hosts(self) -> tuple[str, ...]:
+        """The names that the certificate is for, where it is made here."""
+        host = urlsplit(self.settings.progress_url or "").hostname
+        names = [*([host] if host else []), *self.settings.progress_hosts, "localhost", "127.0.0.1"]
+        return tuple(dict.fromkeys(names))
+
     async def _start_metrics(self) -> None:
         settings = self.settings
         if settings.metrics_port is not None:
-            metrics = MetricsServer(self.metrics, settings.metrics_host, settings.metrics_port)
-            await self._stack.enter_async_context(metrics)
+            access = listening = None
+            host, port = settings.metrics_host, settings.metrics_port
+            if settings.metrics_authentication:
+                access = Access(self._cluster)
+                listening = Listening(settings.tls_folder, self._hosts(), host, port, 64, connection_seconds=30.0)
+            server = MetricsServer(self.metrics, host, port, access=access, listening=listening)
+            await self._stack.enter_async_context(server)
 
     async def _read_authority(self) -> None:
         """The folder's owner may renew it."""

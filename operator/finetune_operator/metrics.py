@@ -1,11 +1,8 @@
-"""Prometheus metrics of the operator, and the server that tells them: every label has a bounded set of values."""
+"""Prometheus metrics of the operator: every label has a bounded set of values."""
 
 import time
 from collections.abc import Callable
-from types import TracebackType
-from typing import Self
 
-from aiohttp import web
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -15,7 +12,6 @@ from prometheus_client import (
     PlatformCollector,
     ProcessCollector,
 )
-from prometheus_client.exposition import choose_encoder
 
 from finetune_operator.jobmetrics import PREFIX, JobMetrics
 from finetune_operator.ledger import OTHER
@@ -142,37 +138,3 @@ class Metrics:
 
 
 _LIMITS = {"kind": 32, "verb": 8, "resource": 16, "code": 32, "result": 16, "write": 8}
-
-
-class MetricsServer:
-    """Answers `GET /metrics` in plain HTTP. `async with MetricsServer(metrics, host, port) as server: server.port`."""
-
-    def __init__(self, metrics: Metrics, host: str = "0.0.0.0", port: int = 0) -> None:
-        self._metrics = metrics
-        self._runner = web.ServerRunner(web.Server(self._answer, access_log=None, keepalive_timeout=75.0))
-        self._host = host
-        self.port = port
-
-    async def __aenter__(self) -> Self:
-        await self._runner.setup()
-        site = web.TCPSite(self._runner, self._host, self.port)
-        try:
-            await site.start()
-        except OSError:
-            await self._runner.cleanup()
-            raise
-        self.port = self._runner.addresses[0][1]
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._runner.cleanup()
-
-    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
-        if request.path != "/metrics":
-            return web.Response(status=404, text="the only path is /metrics\n")
-        if request.method not in ("GET", "HEAD"):
-            return web.Response(status=405, headers={"Allow": "GET, HEAD"}, text="use GET\n")
-        encode, content_type = choose_encoder(request.headers.get("Accept", ""))
-        return web.Response(body=encode(self._metrics.registry), headers={"Content-Type": content_type})

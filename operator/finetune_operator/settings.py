@@ -43,6 +43,9 @@ class Settings(BaseModel):
     """Where Prometheus scrapes; 0.0.0.0 in a cluster."""
     metrics_port: Port | None = None
     """Port of `GET /metrics`; none: it is not served."""
+    metrics_authentication: bool = False
+    """Over TLS, for bearers of a token whose user may `get` the nonResourceURL /metrics; else in plain HTTP, for
+    everybody."""
     progress_url: str | None = None
     """What pods prepend to the path when they report, without a final slash: the progress Service's name and port in a
     cluster. Absent: the address that the server listens at, which only processes of this machine can reach."""

@@ -25,6 +25,10 @@ ANYTHING = {
     "issuer": {"certificates": {"source": "CertManager", "issuerRef": {"name": "corp", "kind": "ClusterIssuer"}}},
     "ports": {"progress": {"port": 9001}, "admission": {"webhook": {"port": 9002}}, "metrics": {"port": 9003}},
     "scrapers": {"networkPolicy": {"enabled": True, "metricsFrom": [{"podSelector": {}}], "apiServerPorts": [6443]}},
+    "open metrics": {"metrics": {"authentication": False, "serviceMonitor": {"enabled": True}}},
+    "a scraper's Secret": {
+        "metrics": {"podMonitor": {"enabled": True, "bearerTokenSecret": {"name": "prometheus", "key": "token"}}}
+    },
     "five": {"replicas": 5, "podDisruptionBudget": {"minAvailable": 4}},
     "no budget": {"podDisruptionBudget": {"enabled": False}},
 }
@@ -257,6 +261,27 @@ def test_a_budget_never_stops_a_drain() -> None:
             for budget in of_kind(render(values), "PodDisruptionBudget"):
                 assert budget["spec"]["minAvailable"] == min(least, replicas - 1)
     assert of_kind(render({"replicas": 1}), "PodDisruptionBudget") == []
+
+
+def test_metrics_are_scraped_with_a_token_over_tls() -> None:
+    manifests = render(monitored(True, False, False, False))
+    (monitor,) = of_kind(manifests, "ServiceMonitor")
+    (endpoint,) = monitor["spec"]["endpoints"]
+    assert endpoint["scheme"] == "https"
+    assert endpoint["bearerTokenFile"]
+    (deployment,) = of_kind(manifests, "Deployment")
+    pod = deployment["spec"]["template"]["spec"]
+    secrets = {volume["secret"]["secretName"] for volume in pod["volumes"] if "secret" in volume}
+    assert endpoint["tlsConfig"]["ca"]["secret"]["name"] in secrets
+    # A certificate is for a name, and Prometheus reads by a pod's address.
+    url = next(e["value"] for e in pod["containers"][0]["env"] if e["name"] == "FINETUNE_OPERATOR_PROGRESS_URL")
+    assert url.startswith(f"https://{endpoint['tlsConfig']['serverName']}:")
+    (plain,) = of_kind(render(ANYTHING["open metrics"]), "ServiceMonitor")
+    assert plain["spec"]["endpoints"] == [{"port": "metrics", "interval": "30s"}]
+    (pods,) = of_kind(render(ANYTHING["a scraper's Secret"]), "PodMonitor")
+    (scraped,) = pods["spec"]["podMetricsEndpoints"]
+    assert scraped["authorization"] == {"credentials": {"name": "prometheus", "key": "token"}}
+    assert scraped["tlsConfig"] == endpoint["tlsConfig"]
 
 
 def test_what_is_measured_is_in_the_release() -> None:

@@ -20,7 +20,8 @@ import aiohttp
 import pytest
 import yaml
 
-from finetune_operator.metrics import Metrics, MetricsServer
+from finetune_operator.metrics import Metrics
+from finetune_operator.scrape import MetricsServer
 from support.scraped import BORN, everything
 from support.waiting import eventually
 

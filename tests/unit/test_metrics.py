@@ -4,7 +4,8 @@ import aiohttp
 import pytest
 from prometheus_client import generate_latest
 
-from finetune_operator.metrics import Metrics, MetricsServer
+from finetune_operator.metrics import Metrics
+from finetune_operator.scrape import MetricsServer
 
 
 def series(metrics: Metrics) -> int:

@@ -48,3 +48,11 @@ namespaceSelector:
     - {key: kubernetes.io/metadata.name, operator: In, values: {{ toJson . }}}
 {{- end }}
 {{- end -}}
+
+{{- /* How Prometheus reads metrics over TLS: by the pod's address, with the certificate's name. */ -}}
+{{- define "finetune.scrapeTls" -}}
+scheme: https
+tlsConfig:
+  ca: {secret: {name: {{ include "finetune.tlsSecret" . }}, key: ca.crt}}
+  serverName: {{ include "finetune.name" . }}-progress.{{ .Release.Namespace }}.svc
+{{- end -}}

@@ -1,0 +1,136 @@
+"""`GET /metrics`, which names the jobs of all tenants: for whom the API server lets read it, or for everybody."""
+
+import hashlib
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, Self
+
+from aiohttp import web
+from prometheus_client.exposition import choose_encoder
+
+from finetune_operator.cluster import ApiError
+from finetune_operator.metrics import Metrics
+from finetune_operator.progress_state import Buckets
+from finetune_operator.serving import Listening, TlsServer
+
+logger = logging.getLogger(__name__)
+PATH = "/metrics"
+REMEMBERED_SECONDS = 60.0
+"""How long an answer of the API server holds: Prometheus asks every 30 seconds, or more often."""
+REMEMBERED = 256
+"""Tokens."""
+STRANGERS_PER_SECOND, STRANGERS_AT_ONCE = 2.0, 20.0
+"""Unknown tokens of one address: each costs two requests to the API server."""
+
+
+class AccessCluster(Protocol):
+    """What is asked about a scraper; raises ApiError."""
+
+    async def authenticate(self, token: str) -> Mapping[str, Any] | None:
+        """The token's user (authentication.k8s.io/v1 UserInfo), or None."""
+
+    async def may_get(self, user: Mapping[str, Any], url: str) -> bool:
+        """Whether a user may `get` this nonResourceURL."""
+
+
+class Access:
+    """Who may read the metrics: as with the API server's own, whoever may `get` the nonResourceURL /metrics."""
+
+    def __init__(self, cluster: AccessCluster, *, monotonic: Callable[[], float] = time.monotonic) -> None:
+        """`monotonic`: seconds."""
+        self._cluster, self._monotonic = cluster, monotonic
+        self._known: OrderedDict[bytes, tuple[int, float]] = OrderedDict()
+        self._strangers = Buckets(STRANGERS_PER_SECOND, STRANGERS_AT_ONCE)
+
+    async def check(self, authorization: str, remote: str | None) -> int:
+        """200, or the HTTP code of the refusal."""
+        scheme, _, token = authorization.partition(" ")
+        if scheme.lower() != "bearer" or not (token := token.strip()):
+            return 401
+        digest, now = hashlib.sha256(token.encode()).digest(), self._monotonic()
+        code, until = self._known.get(digest, (0, 0.0))
+        if now < until:
+            return code
+        if self._strangers.take(remote, now):
+            return 429
+        try:
+            user = await self._cluster.authenticate(token)
+            code = 401 if user is None else 200 if await self._cluster.may_get(user, PATH) else 403
+        except ApiError as error:
+            logger.warning("who scrapes cannot be checked: %s", error)
+            return 503
+        self._known[digest] = code, now + REMEMBERED_SECONDS
+        self._known.move_to_end(digest)
+        while len(self._known) > REMEMBERED:
+            self._known.popitem(last=False)
+        return code
+
+
+MEANINGS = {
+    401: "a bearer token of this cluster is required",
+    403: f"the token's user may not get the nonResourceURL {PATH}",
+    429: "too many unknown tokens; try again later",
+    503: "the API server does not answer; try again later",
+}
+
+
+class MetricsServer:
+    """Plain HTTP or, with `listening`, TLS; for everybody or, with `access`, for whom that lets in.
+
+    `async with MetricsServer(metrics, host, port) as server: server.port`.
+    """
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        host: str = "0.0.0.0",
+        port: int = 0,
+        *,
+        access: Access | None = None,
+        listening: Listening | None = None,
+    ) -> None:
+        """`listening`: how it is served over TLS, in place of `host` and `port`."""
+        self._metrics, self._access = metrics, access
+        self._host, self.port = host, port
+        self._tls = TlsServer("metrics server", self._answer, listening) if listening else None
+        self._runner = web.ServerRunner(web.Server(self._answer, access_log=None, keepalive_timeout=75.0))
+
+    async def __aenter__(self) -> Self:
+        """Raises OSError, tls.TlsError."""
+        if self._tls:
+            await self._tls.start()
+            self.port = self._tls.port
+            return self
+        await self._runner.setup()
+        try:
+            await web.TCPSite(self._runner, self._host, self.port).start()
+        except OSError:
+            await self._runner.cleanup()
+            raise
+        self.port = self._runner.addresses[0][1]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await (self._tls.stop() if self._tls else self._runner.cleanup())
+
+    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        response = await self._respond(request)
+        if self._tls:
+            # A connection has its time: the next scrape begins another one instead of being cut off.
+            response.force_close()
+        return response
+
+    async def _respond(self, request: web.BaseRequest) -> web.StreamResponse:
+        if request.path != PATH:
+            return web.Response(status=404, text=f"the only path is {PATH}\n")
+        if request.method not in ("GET", "HEAD"):
+            return web.Response(status=405, headers={"Allow": "GET, HEAD"}, text="use GET\n")
+        if self._access:
+            code = await self._access.check(request.headers.get("Authorization", ""), request.remote)
+            if code != 200:
+                headers = {"WWW-Authenticate": "Bearer"} if code == 401 else {}
+                return web.Response(status=code, headers=headers, text=f"{MEANINGS[code]}\n")
+        encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+        return web.Response(body=encode(self._metrics.registry), headers={"Content-Type": content_type})
