@@ -63,7 +63,8 @@ def check_service(obj: Obj, old: Obj | None) -> list[Cause]:
         found.append(required("spec.externalName"))
     if spec["type"] == "ClusterIP" and not spec.get("ports") and spec.get("clusterIP") != "None":
         found.append(required("spec.ports"))
-    if old is not None and old["spec"].get("clusterIP") not in (None, spec.get("clusterIP")):
+    kept = spec["type"] == "ExternalName" or spec.get("clusterIP")
+    if old is not None and kept is not True and old["spec"].get("clusterIP") not in (None, kept):
         found.append(wrong("spec.clusterIPs[0]", spec.get("clusterIP"), "field is immutable"))
     ports, names = spec.get("ports") or [], set()
     for i, port in enumerate(ports):

@@ -28,6 +28,7 @@ MERGE_KEYS: Mapping[str, Sequence[str]] = {
     "volumeDevices": ("devicePath",),
     "volumeMounts": ("mountPath",),
     "volumes": ("name",),
+    "webhooks": ("name",),
 }
 MERGED_SETS = frozenset({"finalizers"})  # lists of scalars that merge; every other one is replaced
 ListKeys = Callable[[tuple[str, ...]], Sequence[str] | None]  # path -> merge keys, () = a set, None = atomic

@@ -1,6 +1,6 @@
 """ValidatingWebhookConfiguration: an AdmissionReview to each webhook that is registered for a write.
 
-There is no network of Services here: a webhook is reached by its `url`, and one that names a `service` by nobody.
+There is no network of Services here: a webhook is reached by its `url`, or by a Service that is an ExternalName.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Webhooks:
         uid = str(uuid.uuid4())
         review = {"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview"}
         try:
-            response = await _call(webhook, review | {"request": asked.request(uid) | _objects(asked)})
+            response = await self._call(webhook, review | {"request": asked.request(uid) | _objects(asked)})
             if response["uid"] != uid or not isinstance(response["allowed"], bool):
                 raise ValueError("the response is not to this request")
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError, TypeError) as error:
@@ -80,22 +80,28 @@ class Webhooks:
         message = f"admission webhook {json.dumps(webhook['name'])} denied the request: {why}"
         raise ApiError(max(400, int(status.get("code") or 400)), status.get("reason") or "", message)
 
+    async def _call(self, webhook: Obj, review: Obj) -> Any:
+        client = webhook["clientConfig"]
+        url, name = (client["url"], None) if "url" in client else self._resolve(client["service"])
+        authority = base64.b64decode(client.get("caBundle") or "").decode()
+        trust = ssl.create_default_context(cadata=authority or None)
+        limit = aiohttp.ClientTimeout(total=webhook["timeoutSeconds"])
+        async with (
+            aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=trust), timeout=limit) as session,
+            session.post(url, json=review, allow_redirects=False, server_hostname=name) as answer,
+        ):
+            if answer.status != 200:
+                raise ValueError(f"the server answered {answer.status}: {(await answer.text())[:200]}")
+            return (await answer.json())["response"]
+
+    def _resolve(self, ref: Obj) -> tuple[str, str]:
+        """Where a Service's server is, and the name that its certificate must have."""
+        service = self._store.get("services", ref["namespace"], ref["name"])
+        if service is None or service.obj["spec"].get("type") != "ExternalName":
+            raise OSError(f"no endpoints available for service {json.dumps(ref['name'])}")
+        host = f"{service.obj['spec']['externalName']}:{ref.get('port', 443)}"
+        return f"https://{host}{ref.get('path', '')}", f"{ref['name']}.{ref['namespace']}.svc"
+
 
 def _objects(asked: Asked) -> Obj:
     return {"object": asked.new, "oldObject": asked.old, "options": {}}
-
-
-async def _call(webhook: Obj, review: Obj) -> Any:
-    client = webhook["clientConfig"]
-    if "url" not in client:
-        raise OSError(f"no endpoints available for service {json.dumps(client['service']['name'])}")
-    authority = base64.b64decode(client.get("caBundle") or "").decode()
-    trust = ssl.create_default_context(cadata=authority or None)
-    limit = aiohttp.ClientTimeout(total=webhook["timeoutSeconds"])
-    async with (
-        aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=trust), timeout=limit) as session,
-        session.post(client["url"], json=review, allow_redirects=False) as answer,
-    ):
-        if answer.status != 200:
-            raise ValueError(f"the server answered {answer.status}: {(await answer.text())[:200]}")
-        return (await answer.json())["response"]

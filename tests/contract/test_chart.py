@@ -230,8 +230,8 @@ def test_the_job_of_the_certificates_is_made_again_only_where_it_differs() -> No
     (other,) = of_kind(render(ANYTHING["digest"]), "Job")
     assert other["metadata"]["name"] not in names
     (long,) = of_kind(render(name="a" * 53), "Job")
-    # A pod of it has five characters and a dash more, and both are labels.
-    assert len(long["metadata"]["name"]) <= 63
+    # The host name of its pod is `<name>-0`.
+    assert len(long["metadata"]["name"]) <= 61
 
 
 def test_the_webhook_fails_closed_and_never_on_deletion() -> None:
