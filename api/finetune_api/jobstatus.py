@@ -7,6 +7,7 @@ from pydantic import Field
 
 from finetune_api.model import ApiModel, LongText, ShortText
 from finetune_api.progress import CheckpointStatus, TrainerStatus
+from finetune_api.signature import Signature
 from finetune_api.sizing import Sizing
 
 State = Literal[
@@ -85,6 +86,8 @@ class ResultStatus(ApiModel):
     manifest_sha256: Annotated[ShortText, Field(alias="manifestSHA256")]
     size_bytes: Count
     metrics: Annotated[dict[str, float], Field(max_length=128)] = {}
+    signature: Signature | None = None
+    """The platform's, of uri and manifestSHA256, where the operator has a key."""
 
 
 class FineTuneJobStatus(ApiModel):

@@ -22,6 +22,7 @@ COMMANDS = {
     "wait": ("wait", "Wait until a job is Complete, Failed or Running"),
     "lint": ("lint", "Check manifests offline, with the server's own rules"),
     "fetch": ("fetch", "Download an adapter and verify it"),
+    "verify": ("verify", "Check a folder that was fetched, by the platform's key"),
     "suspend": ("control", "Stop a job's pods and keep its checkpoints"),
     "resume": ("control", "Let a suspended job go on"),
     "delete": ("control", "Delete a job and everything it started"),

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from pydantic import ValidationError
 
 from finetune_api.manifest import MANIFEST_KEY, FileEntry, Manifest
+from finetune_api.signature import SIGNATURE_KEY, SignedStatement
 from finetune_cli.errors import CliError
 from finetune_cli.objectstore import Location, Store
 
@@ -25,10 +26,12 @@ def fetch(
     directory: Path,
     manifest_sha256: str | None = None,
     progress: Callable[[int], None] = lambda _: None,
+    signed: SignedStatement | None = None,
 ) -> Manifest:
     """Downloads what the manifest names below `location` into `directory`, which appears only when all of it is right.
 
-    `progress` gets the bytes as they arrive. Raises CliError where something is missing, more, or different.
+    `progress` gets the bytes as they arrive; `signed` is kept beside the manifest. Raises CliError where something is
+    missing, more, or different.
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CliError(f"{directory} exists and is not an empty folder")
@@ -44,6 +47,8 @@ def fetch(
     partial.mkdir()
     try:
         (partial / MANIFEST_KEY).write_bytes(raw)
+        if signed:
+            (partial / SIGNATURE_KEY).write_text(signed.model_dump_json(by_alias=True, indent=1) + "\n")
         with ThreadPoolExecutor(PARALLEL) as pool:
             jobs = [pool.submit(_download, store, location, entry, partial, progress) for entry in manifest.files]
             for job in jobs:
@@ -70,7 +75,13 @@ def check_keys(named: Iterable[FileEntry], present: Iterable[str], location: Loc
     keys = [entry.key for entry in named]
     for key in keys:
         path = PurePosixPath(key)
-        unsafe = path.is_absolute() or ".." in path.parts or str(path) != key or "\\" in key or key == MANIFEST_KEY
+        unsafe = (
+            path.is_absolute()
+            or ".." in path.parts
+            or str(path) != key
+            or "\\" in key
+            or key in (MANIFEST_KEY, SIGNATURE_KEY)
+        )
         if unsafe or any(ord(c) < 32 for c in key):
             raise CliError(f"{location} is refused: its manifest names {key!r}, which is no plain relative path")
     if len(set(keys)) != len(keys):
@@ -80,6 +91,22 @@ def check_keys(named: Iterable[FileEntry], present: Iterable[str], location: Loc
         raise CliError(f"{location} is not whole: {missing[0]} is missing ({len(missing)} of {len(keys)} files)")
     if more := sorted(there - set(keys)):
         raise CliError(f"{location} is refused: it holds {more[0]}, which its manifest does not name")
+
+
+def check_files(directory: Path) -> Manifest:
+    """What the manifest of a folder that was fetched says of its files still holds. Raises CliError."""
+    location = Location("folder", directory.name)
+    try:
+        manifest = parse((directory / MANIFEST_KEY).read_bytes(), location)
+    except OSError as error:
+        raise CliError(f"{directory} has no {MANIFEST_KEY} that can be read: it was not fetched by this") from error
+    here = [p.relative_to(directory).as_posix() for p in directory.rglob("*") if not p.is_dir()]
+    check_keys(manifest.files, (key for key in here if key not in (MANIFEST_KEY, SIGNATURE_KEY)), location)
+    for entry in manifest.files:
+        with (directory / entry.key).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
+                raise CliError(f"{directory / entry.key} differs from the manifest")
+    return manifest
 
 
 def _download(

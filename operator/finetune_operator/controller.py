@@ -25,6 +25,7 @@ from finetune_operator.reconcile import Key, NotYet, glance, reconcile
 from finetune_operator.scrape import Access, MetricsServer
 from finetune_operator.serving import Listening
 from finetune_operator.settings import Settings, operator_version
+from finetune_operator.signing import Sign, signer
 from finetune_operator.tls import TlsError
 from finetune_operator.workqueue import WorkQueue
 
@@ -50,6 +51,7 @@ class Controller:
         """Pods that prepared the data of jobs whose next reconcile has not used that yet."""
         self._added: dict[Key, float] = {}
         """Keys on the queue, and since when."""
+        self._sign: Sign | None = None
         self._stack = AsyncExitStack()
         self._heard: float | None = None
         self._listed = False
@@ -57,7 +59,8 @@ class Controller:
         """False while another operator leads: what is heard is remembered, and nothing is done about it."""
 
     async def start(self) -> None:
-        """Raises ApiError where the API server does not answer or does not know our kinds, TlsError, OSError."""
+        """Raises ApiError where the API server does not answer or does not know our kinds, TlsError, BadKey or OSError
+        where a file cannot be used."""
         try:
             await self._start()
         except Exception as error:
@@ -67,6 +70,8 @@ class Controller:
 
     async def _start(self) -> None:
         self.metrics.queue_depth.set_function(lambda: len(self._queue))
+        if self.settings.signing_key:
+            self._sign = await asyncio.to_thread(signer, self.settings.signing_key)
         configuration = await load_configuration()
         self._cluster = KubeCluster(configuration, timeout=self.settings.api_timeout_seconds, on_call=self._on_call)
         self._stack.push_async_callback(self._cluster.close)
@@ -299,7 +304,7 @@ class Controller:
     async def _read_authority(self) -> None:
         """The folder's owner may renew it."""
         ca = await asyncio.to_thread((self.settings.tls_folder / "ca.crt").read_text)
-        self._context = Context(self._progress_url, ca, operator_version())
+        self._context = Context(self._progress_url, ca, operator_version(), self._sign)
 
     def _on_call(self, verb: str, resource: str, code: int | str, seconds: float) -> None:
         self.metrics.api_call(verb, resource, code, seconds)

@@ -6,7 +6,7 @@ own Secret and of a ServiceAccount that the profile lists, and as the number of 
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -18,6 +18,7 @@ from finetune_api.model import quantity
 from finetune_api.profile import FineTuneProfile, FineTuneProfileSpec
 from finetune_api.progress import audience
 from finetune_api.run import Devices, PreparedSummary, RunConfig
+from finetune_api.signature import Signature
 from finetune_api.sizing import Sizing
 from finetune_operator import network, snapshot
 from finetune_operator.snapshot import Snapshot
@@ -49,6 +50,8 @@ class Context:
     ca: str
     """PEM: the authority of the progress server's certificate."""
     version: str
+    sign: Callable[[bytes], Signature] | None = None
+    """By the operator's key, where it has one: of the same bytes always the same."""
 
 
 def child_name(job: str, attempt: int | None) -> str:

@@ -16,6 +16,7 @@ from finetune_api.figures import foremost
 from finetune_api.job import FineTuneJob
 from finetune_api.jobstatus import Attempt, FineTuneJobStatus, ResultStatus
 from finetune_api.profile import FineTuneProfile
+from finetune_api.signature import Statement
 from finetune_operator import attempts as history
 from finetune_operator import manifests, starting, status
 from finetune_operator.accept import Refusal, Subject, as_begun, check, complete, select_profile
@@ -148,7 +149,18 @@ def _result(situation: Situation, last: Attempt) -> ResultStatus | None:
     if not (end and end.result):
         return None
     told = end.result.model_copy(update={"metrics": foremost(end.result.metrics, MAX_FIGURES)})
-    return ResultStatus.model_validate(told.model_dump(by_alias=True))
+    result = ResultStatus.model_validate(told.model_dump(by_alias=True))
+    if situation.context.sign is None:
+        return result
+    subject = situation.subject
+    statement = Statement(
+        namespace=subject.namespace,
+        job=subject.name,
+        job_uid=subject.uid,
+        uri=result.uri,
+        manifest_sha256=result.manifest_sha256,
+    )
+    return result.model_copy(update={"signature": situation.context.sign(statement.payload())})
 
 
 def _prepare(situation: Situation, job: FineTuneJob, profile: FineTuneProfile) -> Step:

@@ -62,6 +62,9 @@ class Settings(BaseModel):
     tls_folder: Path = Path.home() / ".local/state/finetune-operator/tls"
     """tls.crt, tls.key and ca.crt of the progress server and the webhook. An empty folder gets an authority of its own,
     once: pods that run trust it, so it must outlive a restart of the operator."""
+    signing_key: Path | None = None
+    """A PEM file with an Ed25519 private key, by which the manifest of what a job publishes is signed; none: it is not.
+    It is read once."""
     log_format: Literal["auto", "json", "plain"] = "auto"
     """auto: plain lines on a terminal, one JSON object for each line otherwise."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
