@@ -122,7 +122,7 @@ def test_a_job_is_submitted_listed_read_and_deleted(
     assert [job["metadata"]["name"] for job in listed if job["metadata"]["namespace"] == space] == ["bot"]
     assert finetune("get", "bot", "-o", "yaml") == 0
     read = yaml.safe_load(capsys.readouterr().out)
-    assert read["spec"]["tuning"]["type"] == "LoRA", "the server fills in defaults"
+    assert read["spec"]["baseModel"]["uri"] == "s3://models/tiny/"
     assert finetune("delete", "bot") == 0
     assert finetune("list", "-o", "name") == 0
     assert capsys.readouterr().out == "bot: deleted\n"
