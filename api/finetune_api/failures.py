@@ -22,6 +22,7 @@ class Reason(StrEnum):
     INVALID_SPEC = "InvalidSpec"
     PROFILE_NOT_FOUND = "ProfileNotFound"
     NOT_ALLOWED_BY_PROFILE = "NotAllowedByProfile"
+    BUDGET_EXCEEDED = "BudgetExceeded"
     DOES_NOT_FIT = "DoesNotFit"
     UNSCHEDULABLE = "Unschedulable"
     IMAGE_PULL_ERROR = "ImagePullError"

@@ -1,5 +1,6 @@
 """FineTuneProfile: what the platform team owns. Whatever decides a pod's form and place comes from here."""
 
+import datetime
 import ipaddress
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -37,6 +38,9 @@ class Accelerator(ApiModel):
     memory: Quantity
     """Of one GPU."""
     product: ShortText | None = None
+    tflops: Annotated[float, Field(gt=0, le=100_000)] | None = None
+    """What one GPU does in training, which is a third to a half of what its data sheet says: by it GPU-hours are
+    estimated before a job starts. Absent: only by the pace of a job that has run."""
 
 
 class Resources(ApiModel):
@@ -129,8 +133,11 @@ class Egress(ApiModel):
 
 
 class Budget(ApiModel):
+    """GPU-hours of each namespace, from a gang's start to its end; of CPU processes where there is no accelerator."""
+
     gpu_hours: Annotated[float, Field(gt=0)]
     period: Literal["Day", "Week", "Month"] = "Month"
+    """Of the calendar, in UTC; weeks begin on Monday."""
 
 
 class FineTuneProfileSpec(ApiModel):
@@ -187,8 +194,22 @@ class ProfileMeta(ApiModel):
     resource_version: str = ""
 
 
+class Usage(ApiModel):
+    """What a namespace has spent of a budget."""
+
+    since: datetime.datetime
+    """Begin of the period."""
+    until: datetime.datetime
+    """Everything that ran until then is counted, also of jobs that are deleted since."""
+    gpu_seconds: Annotated[int, Field(ge=0)] = 0
+    expected_gpu_seconds: Annotated[int, Field(ge=0)] = 0
+    """What the jobs that run then will spend still, by their own pace or by their estimate."""
+
+
 class ProfileStatus(ApiModel):
     observed_generation: Annotated[int, Field(ge=0)] | None = None
+    usage: Annotated[dict[str, Usage], Field(max_length=10_000)] = {}
+    """By namespace, where there is a budget."""
 
 
 class FineTuneProfile(ApiModel):

@@ -85,8 +85,6 @@ RESERVED = re.compile(
 def unsupported_profile(spec: FineTuneProfileSpec) -> list[Problem]:
     """The same for a profile: a limit that is not enforced must not be believed."""
     found = list(defaults.problems(spec))
-    if spec.budget is not None:
-        found.append(Problem(("spec", "budget"), "is not enforced yet; this version supports no budget"))
     for index, entry in enumerate(spec.environment):
         if RESERVED.fullmatch(entry.name):
             text = f"found {entry.name!r}; the operator sets it itself, from storage or from the job"

@@ -125,6 +125,9 @@ class Cluster(Protocol):
         """One merge patch of a FineTuneJob's status; the job as it is then. None: it is gone, or is not at that version
         any more."""
 
+    async def patch_profile_status(self, name: str, patch: Object) -> bool:
+        """One merge patch of a FineTuneProfile's status. False: it is gone."""
+
     async def post_event(self, event: Object) -> None:
         """Creates an Event, or counts up the one of the same name."""
 
@@ -235,6 +238,11 @@ class KubeCluster:
         body = {"metadata": {"uid": uid} | version, "status": patch}
         path = _path("FineTuneJob", namespace, name) + "/status"
         return await self._unless_gone(self._call("PATCH", path, {"fieldManager": FIELD_MANAGER}, body))
+
+    async def patch_profile_status(self, name: str, patch: Object) -> bool:
+        path = _path("FineTuneProfile", None, name) + "/status"
+        call = self._call("PATCH", path, {"fieldManager": FIELD_MANAGER}, {"status": patch})
+        return await self._unless_gone(call) is not None
 
     async def post_event(self, event: Object) -> None:
         namespace, name = event["metadata"]["namespace"], event["metadata"]["name"]

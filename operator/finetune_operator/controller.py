@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from pydantic import ValidationError
 
 from finetune_operator.admission import AdmissionOptions, AdmissionServer
+from finetune_operator.budgets import Budgets
 from finetune_operator.cluster import ApiError, KubeCluster, load_configuration
 from finetune_operator.leader import Election, Lost, Terms
 from finetune_operator.manifests import ATTEMPT_LABEL, JOB_LABEL, PREPARE, Context
@@ -21,7 +22,7 @@ from finetune_operator.news import ChildNews, JobNews, job_facts, job_fingerprin
 from finetune_operator.observe import Census
 from finetune_operator.profiles import Profiles
 from finetune_operator.progress import ProgressOptions, ProgressServer
-from finetune_operator.reconcile import Key, NotYet, glance, reconcile
+from finetune_operator.reconcile import Key, NotYet, glance, reconcile, utc_now
 from finetune_operator.scrape import Access, MetricsServer
 from finetune_operator.serving import Listening
 from finetune_operator.settings import Settings, operator_version
@@ -76,6 +77,7 @@ class Controller:
         self._cluster = KubeCluster(configuration, timeout=self.settings.api_timeout_seconds, on_call=self._on_call)
         self._stack.push_async_callback(self._cluster.close)
         self._profiles = Profiles(self._cluster)
+        self._budgets = Budgets(self._cluster)
         await self._start_servers()
         await self._start_metrics()
         if self.settings.lease is None:
@@ -127,6 +129,8 @@ class Controller:
         key = raw["metadata"]["namespace"], raw["metadata"]["name"]
         self.metrics.watched("FineTuneJob")
         if kind == "DELETED":
+            if self._acting:
+                self._budgets.gone(raw, utc_now())
             self.metrics.jobs.forget(key)
             self._jobs.forget(key)
             self._prepare_pods.pop(key, None)
@@ -226,6 +230,7 @@ class Controller:
         some requests for each job, tell of nearly all of them that there is nothing."""
         census, namespaces = Census(), self.settings.namespaces
         missing = self.metrics.jobs.known()
+        await self._budgets.begin()
         async for raw in self._cluster.list_all("Job", namespaces):
             if child_of(raw):
                 census.add_job(raw)
@@ -237,12 +242,18 @@ class Controller:
                 self._children.heard(raw, pod_facts(raw))
         async for raw in self._cluster.list_all("FineTuneJob", namespaces):
             missing.discard((raw["metadata"]["namespace"], raw["metadata"]["name"]))
+            self._budgets.look(raw, utc_now())
             await self._look_at(raw, census)
             await asyncio.sleep(0)  # A page of jobs may be a second's work: watches and reports go on meanwhile.
         for key in missing:
             self.metrics.jobs.forget(key)
         self.metrics.looked_at_all()
-        self._listed = True
+        # At the first look statuses may tell of what was long ago: then nothing is counted.
+        first, self._listed = not self._listed, True
+        if not first and (over := await self._budgets.settle(utc_now())):
+            self._profiles.forget()
+            for key in over:
+                self._add(key)
 
     async def _look_at(self, raw: dict[str, Any], census: Census) -> None:
         key = raw["metadata"]["namespace"], raw["metadata"]["name"]

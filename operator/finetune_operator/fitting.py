@@ -9,7 +9,9 @@ from finetune_api.job import FineTuneJob
 from finetune_api.jobstatus import Attempt
 from finetune_api.profile import FineTuneProfile
 from finetune_api.run import PreparedSummary
+from finetune_api.shape import ModelShape
 from finetune_api.sizing import DoesNotFit, Sizing, at_most, size
+from finetune_api.sizing import gpu_hours as flops_hours
 from finetune_api.stages import effective
 from finetune_operator.attempts import LESS_MEMORY, ran_out_of_memory
 
@@ -67,6 +69,37 @@ def sized(
     return [_sized(job, profile, prepared, number, workers, limits) for number in range(count)]
 
 
+def gpu_hours(
+    job: FineTuneJob, profile: FineTuneProfile, prepared: PreparedSummary, sizings: Sequence[Sizing]
+) -> float | None:
+    """What all stages take together, by the profile's accelerator.tflops; None where that is not said, or where a model
+    writes answers or rows, which takes longer than to learn from them."""
+    accelerator, stages = profile.spec.accelerator, effective(job.spec)
+    tflops = accelerator.tflops if accelerator else None
+    if tflops is None or any(stage.generate or stage.spec.method.rollout for stage in stages):
+        return None
+    hours = 0.0
+    for stage, sizing in zip(stages, sizings, strict=True):
+        training = stage.spec.training
+        tokens = prepared.stages[stage.number].train_tokens if prepared.stages else prepared.train_tokens
+        seen = tokens * (training.epochs or 1)
+        if training.max_steps:
+            row = prepared.train_tokens / max(1, prepared.train_examples)
+            seen = row * training.global_batch_size * training.max_steps
+        shape = _shape(prepared, stage.number)
+        hours += flops_hours(shape, stage.spec.tuning, round(seen), tflops, sizing.gradient_checkpointing)
+    return hours
+
+
+def _shape(prepared: PreparedSummary, number: int) -> ModelShape:
+    """The model as one stage trains it."""
+    if not prepared.stages:
+        return prepared.model
+    own = prepared.stages[number]
+    targets = {"target_features": own.target_features, "target_outputs": own.target_outputs}
+    return prepared.model.model_copy(update=targets)
+
+
 def _sized(
     job: FineTuneJob,
     profile: FineTuneProfile,
@@ -76,11 +109,8 @@ def _sized(
     limits: Sequence[int],
 ) -> Sizing:
     stages = effective(job.spec)
-    shape, max_tokens, name = prepared.model, prepared.max_tokens, stages[number].name
-    if prepared.stages:
-        own = prepared.stages[number]
-        targets = {"target_features": own.target_features, "target_outputs": own.target_outputs}
-        shape, max_tokens = shape.model_copy(update=targets), own.max_tokens
+    shape, name = _shape(prepared, number), stages[number].name
+    max_tokens = prepared.stages[number].max_tokens if prepared.stages else prepared.max_tokens
     request = placing.request_of(stages, number, max_tokens, workers)
     device = placing.device_of(profile.spec)
     try:

@@ -18,7 +18,7 @@ from finetune_api.jobstatus import Attempt, FineTuneJobStatus, ResultStatus
 from finetune_api.profile import FineTuneProfile
 from finetune_api.signature import Statement
 from finetune_operator import attempts as history
-from finetune_operator import manifests, starting, status
+from finetune_operator import budgeting, manifests, starting, status
 from finetune_operator.accept import Refusal, Subject, as_begun, check, complete, select_profile
 from finetune_operator.classify import ending, out_of_memory
 from finetune_operator.manifests import Context
@@ -121,9 +121,13 @@ def _decide(situation: Situation, profiles: Sequence[Object]) -> Step:
         seconds = job.spec.run_policy.active_deadline_seconds or "the profile's"
         return situation.fail(Reason.DEADLINE_EXCEEDED, f"ran longer than {seconds} activeDeadlineSeconds")
     if last and last.outcome is None:
+        spent = budgeting.go_on(situation, found, last)
+        if isinstance(spent, Step):
+            return spent
         returned = starting.give_back(situation, job, last, terms)
         if returned is None:
-            return starting.run(situation, job, last, terms, deadline)
+            step = starting.run(situation, job, last, terms, deadline)
+            return replace(step, due=(*step.due, spent))
         situation = returned
     if isinstance(profile, Refusal):
         step = Step(

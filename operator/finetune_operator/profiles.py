@@ -32,6 +32,10 @@ class Profiles:
         # Whoever is cancelled while it waits must not cancel the others' read.
         return await asyncio.shield(read)
 
+    def forget(self) -> None:
+        """Whoever asks now reads anew."""
+        self._reads.clear()
+
     async def _read(self, wanted: str | None) -> Sequence[Object]:
         if not wanted:
             return await self._cluster.list_profiles()

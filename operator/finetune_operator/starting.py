@@ -10,9 +10,9 @@ from finetune_api.profile import FineTuneProfile
 from finetune_api.run import PreparedSummary
 from finetune_api.sizing import DoesNotFit
 from finetune_operator import attempts as history
-from finetune_operator import capacity, manifests
+from finetune_operator import budgeting, capacity, manifests
 from finetune_operator.capacity import Wait
-from finetune_operator.fitting import Fit, NothingSmaller, fit
+from finetune_operator.fitting import Fit, NothingSmaller, fit, gpu_hours
 from finetune_operator.situation import LOOK_AGAIN, Situation, Step, with_trouble, within_pre_running
 from finetune_operator.snapshot import Snapshot
 from finetune_operator.status import Decision
@@ -29,7 +29,11 @@ def start(situation: Situation, job: FineTuneJob, profile: FineTuneProfile, prep
     workers, found = wanted
     last = situation.attempts[-1] if situation.attempts else None
     number = last.number + 1 if last else 0
-    known = Decision("Starting", "", data=_data(prepared), sizing=found.largest)
+    estimate = gpu_hours(job, profile, prepared, found.sizings)
+    sizing = found.largest.model_copy(update={"estimated_gpu_hours": estimate and round(estimate, 3)})
+    known = Decision("Starting", "", data=_data(prepared), sizing=sizing)
+    if held := budgeting.start(situation, profile, known, estimate):
+        return held
     due, state, why = _pause(situation, found, overdue is None)
     if due and situation.now < due:
         text = f"attempt {number} starts at {due:%H:%M:%S} UTC{why}"

@@ -86,7 +86,11 @@ def _conditions(old: FineTuneJobStatus, decision: Decision, generation: int, now
     accepted = "Accepted" if decision.accepted else reason
     facts: dict[ConditionType, tuple[bool, str, str]] = {
         "Accepted": (decision.accepted, accepted, "the profile allows it" if decision.accepted else text),
-        "Suspended": (state == "Suspended", "Suspended" if state == "Suspended" else "NotSuspended", ""),
+        "Suspended": (
+            state == "Suspended",
+            reason if state == "Suspended" else "NotSuspended",
+            text if state == "Suspended" and decision.reason else "",
+        ),
         "Running": (state == "Running", "WorkersRunning" if state == "Running" else reason, text),
         "Complete": (state == "Complete", ended, text if state == "Complete" else ""),
         "Failed": (state == "Failed", ended, text if state == "Failed" else ""),

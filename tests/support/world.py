@@ -180,6 +180,12 @@ class World:
         self._wrote()
         return copy.deepcopy(self.job)
 
+    async def patch_profile_status(self, name: str, patch: Object) -> bool:
+        found = await self.get("FineTuneProfile", None, name)
+        if found is not None:
+            found["status"] = merge(found.get("status"), patch)
+        return found is not None
+
     async def post_event(self, event: Object) -> None:
         self.events.append(event)
 

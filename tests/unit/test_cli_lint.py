@@ -174,11 +174,11 @@ def test_defaults_of_the_profile_are_what_a_job_leaves_out() -> None:
     assert found(text, FineTuneProfile.model_validate({"metadata": {"name": "p"}, "spec": spec})) == []
 
 
-def test_a_profile_that_promises_what_is_not_enforced_is_refused() -> None:
+def test_a_profile_that_cannot_be_meant_is_refused() -> None:
     text = "apiVersion: finetune.dev/v1alpha1\nkind: FineTuneProfile\nmetadata: {name: p}\nspec:\n  image: i\n"
     assert found(text) == []
-    (only,) = found(text + "  budget: {gpuHours: 5}\n")
-    assert only.startswith("job.yaml:6:11: spec.budget: is not enforced yet")
+    (only,) = found(text + "  locked: [training.maxLenght]\n")
+    assert only.startswith("job.yaml:6:12: spec.locked[0]: found 'training.maxLenght'; it must be a path")
 
 
 def run(*arguments: str) -> int:

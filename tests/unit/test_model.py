@@ -9,8 +9,7 @@ import pytest
 from finetune_api import job
 from finetune_api.failures import EXIT_CODES, OUTCOMES, Reason, TerminationMessage, outcome_of, reason_of_exit_code
 from finetune_api.model import format_path, problems_of, quantity
-from finetune_api.profile import FineTuneProfileSpec
-from finetune_api.support import unsupported, unsupported_profile
+from finetune_api.support import unsupported
 from support.manifests import job_manifest
 
 
@@ -238,14 +237,3 @@ def test_a_termination_message_fits_into_4096_bytes(fill: Callable[[int], str]) 
 )
 def test_what_is_not_a_termination_message_is_none(text: str) -> None:
     assert TerminationMessage.decode(text) is None
-
-
-@pytest.mark.parametrize(
-    ("changes", "path"),
-    [
-        ({"budget": {"gpuHours": 10}}, "spec.budget"),
-    ],
-)
-def test_a_limit_that_is_not_enforced_is_not_believed(changes: dict[str, Any], path: str) -> None:
-    spec = FineTuneProfileSpec.model_validate({"image": "trainer@sha256:0", **changes})
-    assert [format_path(problem.path) for problem in unsupported_profile(spec)] == [path]

@@ -60,11 +60,11 @@ async def test_a_job_waits_for_its_profile_and_starts_when_it_appears() -> None:
     assert accepted.status == "True"
 
 
-async def test_a_profile_with_what_is_not_enforced_yet_is_not_used() -> None:
-    world = World(make_job().build(), profiles=[make_profile(budget={"gpuHours": 10})])
+async def test_a_profile_that_cannot_be_meant_is_not_used() -> None:
+    world = World(make_job().build(), profiles=[make_profile(locked=["training.maxLenght"])])
     await world.settle()
     assert world.state == "Pending"
-    assert "spec.budget: is not enforced yet" in (world.status.message or "")
+    assert "spec.locked[0]: found 'training.maxLenght'" in (world.status.message or "")
 
 
 @pytest.mark.parametrize(

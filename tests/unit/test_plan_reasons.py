@@ -73,6 +73,13 @@ async def too_often(world: World) -> None:
     await world.settle()
 
 
+async def the_budget_is_spent(world: World) -> None:
+    world.profiles = [make_profile(budget={"gpuHours": 1})]
+    await started(world)
+    world.later(3600)
+    await world.settle()
+
+
 STORIES: dict[Reason, tuple[Story, str]] = {
     Reason.PROFILE_NOT_FOUND: (nobody_made_the_profile, "Pending"),
     Reason.NOT_ALLOWED_BY_PROFILE: (too_many_workers, "Failed"),
@@ -81,6 +88,7 @@ STORIES: dict[Reason, tuple[Story, str]] = {
     Reason.IMAGE_PULL_ERROR: (no_image, "Starting"),
     Reason.PRE_RUNNING_DEADLINE_EXCEEDED: (too_long_before_running, "Failed"),
     Reason.DEADLINE_EXCEEDED: (too_long_running, "Failed"),
+    Reason.BUDGET_EXCEEDED: (the_budget_is_spent, "Suspended"),
     Reason.NODE_LOST: (a_node_goes, "Retrying"),
     Reason.MAX_ATTEMPTS_REACHED: (too_often, "Failed"),
 }

@@ -1,0 +1,52 @@
+"""Budgets and turns of tenants, before a real API server: the operator as a process, and what it writes."""
+
+import pytest
+
+from finetune_api.failures import TerminationMessage
+from support.api import Object
+from support.operating import GROUP, Scene
+from support.waiting import eventually
+from support.world import PREPARED
+
+pytestmark = pytest.mark.integration
+
+
+def profile_path(scene: Scene) -> str:
+    return f"{GROUP}/finetuneprofiles/{scene.profile}"
+
+
+async def usage(scene: Scene) -> Object:
+    profile = (await scene.api.get(profile_path(scene))).must(200)
+    found: Object = profile.get("status", {}).get("usage", {}).get(scene.namespace, {})
+    return found
+
+
+async def test_a_budget_is_counted_in_the_profile_and_ends_what_has_spent_it(scene: Scene) -> None:
+    # Seven seconds of two processes.
+    (await scene.api.patch(profile_path(scene), {"spec": {"budget": {"gpuHours": 14 / 3600}}})).must(200)
+    await scene.operator.start(RESYNC_SECONDS="1")
+    await scene.submit(distribution={"workers": 2})
+    await scene.prepared()
+    await scene.reaches("Starting")
+    await scene.run("j-0", 2)
+    await scene.reaches("Running")
+    await eventually(lambda: usage(scene), "what it spends", until=lambda found: found.get("gpuSeconds", 0) > 0)
+    status = await scene.reaches("Suspended")
+    suspended = next(c for c in status["conditions"] if c["type"] == "Suspended")
+    assert (suspended["status"], suspended["reason"]) == ("True", "BudgetExceeded")
+    text = f"profile '{scene.profile}' gives namespace '{scene.namespace}' a budget for each month: "
+    assert suspended["message"].startswith(text)
+    assert " of 0.00389 GPU-hours are spent; " in suspended["message"]
+    await eventually(scene.jobs, "the gang to go", until=lambda jobs: jobs == ["j-prepare"])
+    # A new operator knows as much, and so does one whose job was deleted.
+    await eventually(lambda: usage(scene), "all of it", until=lambda found: found.get("gpuSeconds", 0) >= 14)
+    assert await scene.operator.stop() == 0
+    (await scene.api.delete(scene.job_path(), {"propagationPolicy": "Background"})).must(200)
+    await eventually(lambda: scene.api.get(scene.job_path()), "the job to go", until=lambda a: a.status == 404)
+    await scene.operator.start(RESYNC_SECONDS="1")
+    await scene.submit("k", distribution={"workers": 2})
+    await scene.reaches("Preparing", "k")
+    await scene.end("k-prepare", message=TerminationMessage(prepared=PREPARED))
+    status = await scene.reaches("Suspended", "k")
+    assert "attempts" not in status or status["attempts"] == []
+    assert (await usage(scene))["gpuSeconds"] >= 14
