@@ -20,6 +20,7 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
 WATCHED = ("FineTuneJob", "Job", "Pod")
+REVIEWED = ("allowed", "denied", "failed")
 
 
 class Vocabulary:
@@ -77,6 +78,8 @@ class Metrics:
         self._reviews = Counter(
             PREFIX + "admission_reviews", "Admission reviews by result.", ["result"], registry=registry
         )
+        for result in REVIEWED:
+            self._reviews.labels(result)
         self._progress_writes = Counter(
             PREFIX + "progress_writes", "Writes of status.trainerStatus by result.", ["result"], registry=registry
         )

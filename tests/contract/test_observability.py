@@ -1,4 +1,4 @@
-"""Alerts and dashboards ask for nothing that the operator does not tell: by name, label and value."""
+"""Alerts and dashboards ask for nothing that the operator does not tell: by name, label and value; the docs list it."""
 
 import json
 import re
@@ -28,7 +28,7 @@ VALUES: Mapping[str, set[str]] = {
     "phase": set(STARTUP),
     "direction": set(DIRECTIONS),
     "kind": {*WATCHED, "NotYet"},
-    "result": {"success", "error", "written", "failed", "dropped", "accepted"},
+    "result": {"success", "error", "written", "failed", "dropped", "accepted", "allowed", "denied"},
 }
 
 
@@ -159,3 +159,33 @@ def test_panels_do_not_overlap() -> None:
             assert not cells & taken, panel["title"]
             assert place["x"] + place["w"] <= 24
             taken |= cells
+
+
+def documented() -> dict[str, set[str]]:
+    """Labels by name of a metric, as docs/observability.md says."""
+    found: dict[str, set[str]] = {}
+    text = (ROOT / "docs/observability.md").read_text().split("## Metrics")[1].split("## Alerts")[0]
+    for line in text.splitlines():
+        if line.startswith("| `"):
+            names, labels, _ = (cell.strip() for cell in line.strip("|").split("|", 2))
+            for name in re.findall(r"`(\w+)`", names):
+                assert name not in found
+                found[name] = {label.strip() for label in labels.split(",") if label.strip()}
+    return found
+
+
+def test_the_docs_list_every_metric_with_its_labels() -> None:
+    metrics = Metrics(clock=lambda: BORN)
+    everything(metrics)
+    told: dict[str, set[str]] = {}
+    for family in metrics.registry.collect():
+        name = family.name + ("_total" if family.type == "counter" else "")
+        if name.startswith("finetune_operator_"):
+            labels = set[str]().union(*(sample.labels for sample in family.samples))
+            told[name.removeprefix("finetune_operator_")] = labels - {"le"}
+    assert documented() == told
+
+
+def test_the_docs_list_every_alert() -> None:
+    text = (ROOT / "docs/observability.md").read_text().split("## Alerts")[1]
+    assert re.findall(r"^\| (FineTune\w+) \|", text, re.MULTILINE) == [rule["alert"] for rule in alerts()]

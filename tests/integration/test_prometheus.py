@@ -42,6 +42,8 @@ WELL: Mapping[str, str] = {
     'reconciles_total{pod="a",result="success"}': f"0+60x{MINUTES}",
     'reconcile_errors_total{pod="a",kind="NotYet"}': f"0+30x{MINUTES}",
     'api_requests_total{pod="a",verb="GET",resource="jobs",code="200"}': f"0+60x{MINUTES}",
+    'admission_reviews_total{pod="a",result="failed"}': f"0x{MINUTES}",
+    'admission_reviews_total{pod="a",result="denied"}': f"0+5x{MINUTES}",
     'queue_seconds_bucket{pod="a",le="0.1"}': f"0+60x{MINUTES}",
     'queue_seconds_bucket{pod="a",le="+Inf"}': f"0+60x{MINUTES}",
     'oldest_timestamp_seconds{pod="a",job_namespace="team-a",state="Running"}': f"0x{MINUTES}",
@@ -87,6 +89,10 @@ CASES: Mapping[str, tuple[Mapping[str, str | None], Mapping[str, int]]] = {
             'queue_seconds_bucket{pod="a",le="30"}': f"0+60x{MINUTES}",
         },
         {"FineTuneOperatorSlow": 1},
+    ),
+    "reviews fail": (
+        {'admission_reviews_total{pod="a",result="failed"}': f"0+1x{MINUTES}"},
+        {"FineTuneAdmissionFailing": 1},
     ),
     "two tenants' jobs are stuck": (
         {

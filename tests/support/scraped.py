@@ -129,3 +129,4 @@ def everything(metrics: Metrics) -> None:
     metrics.looked_at_all()
     metrics.report("accepted")
     metrics.progress_write("written")
+    metrics.review("allowed")
