@@ -183,7 +183,7 @@ def _key(request: web.BaseRequest) -> JobKey:
 
 def _bearer(request: web.BaseRequest) -> str:
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not (token := token.strip()):
+    if scheme.lower() != "bearer" or not (token := token.strip()) or not token.isascii():
         raise Refused(401, "Unauthorized", "a bearer token is required: the one projected into the trainer's pod")
     return token
 

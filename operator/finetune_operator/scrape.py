@@ -47,7 +47,7 @@ class Access:
     async def check(self, authorization: str, remote: str | None) -> int:
         """200, or the HTTP code of the refusal."""
         scheme, _, token = authorization.partition(" ")
-        if scheme.lower() != "bearer" or not (token := token.strip()):
+        if scheme.lower() != "bearer" or not (token := token.strip()) or not token.isascii():
             return 401
         digest, now = hashlib.sha256(token.encode()).digest(), self._monotonic()
         code, until = self._known.get(digest, (0, 0.0))

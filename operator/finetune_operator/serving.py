@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from finetune_operator import tls
 
@@ -34,11 +35,28 @@ class Listening:
     """From the connection's first byte to the last answer's last one."""
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not what is no HTTP: strangers could fill the log with it, a stack for each of their requests."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, HttpProcessingError)
+
+
+_http_logger = logger.getChild("http")
+_http_logger.addFilter(_is_news)
+
+
 class _Connections(web.Server):
     """At most `limit` connections, each for `seconds` in all: whoever dawdles over headers or body is cut off."""
 
     def __init__(self, handler: Any, *, limit: int, seconds: float) -> None:
-        super().__init__(handler, handler_cancellation=True, access_log=None, auto_decompress=False, lingering_time=2.0)
+        super().__init__(
+            handler,
+            handler_cancellation=True,
+            access_log=None,
+            auto_decompress=False,
+            lingering_time=2.0,
+            logger=_http_logger,
+        )
         self._limit, self._seconds = limit, seconds
         self._deadlines: dict[web.RequestHandler, asyncio.TimerHandle] = {}
 
