@@ -2,12 +2,12 @@
 
 import datetime
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
-from finetune_api.budget import account, current
+from finetune_api.budget import Account, account, current
 from finetune_api.profile import FineTuneProfile
 from finetune_operator.cluster import Cluster
 from finetune_operator.meter import Key, Run, count, runs, with_usage
@@ -23,6 +23,8 @@ class Budgets:
         self._cluster = cluster
         self._profiles: dict[str, FineTuneProfile] = {}
         """Those that have a budget."""
+        self._known: dict[str, FineTuneProfile] = {}
+        """The same with what was spent by the last look."""
         self._runs: list[Run] = []
         self._gone: list[Run] = []
         """Of jobs that were deleted since the last look."""
@@ -38,6 +40,7 @@ class Budgets:
             if profile.spec.budget:
                 found[profile.metadata.name] = profile
         self._runs, self._profiles = [], found
+        self._known = {name: self._known.get(name, profile) for name, profile in found.items()}
 
     def look(self, raw: Object, now: datetime.datetime) -> None:
         """A FineTuneJob as it was listed."""
@@ -62,13 +65,20 @@ class Budgets:
                 if not await self._cluster.patch_profile_status(name, {"usage": usage}):
                     continue
             self._gone = [run for run in self._gone if run.profile != name]
-            known = with_usage(profile, changed)
+            known = self._known[name] = with_usage(profile, changed)
             for run in own:
                 found = account(known, run.key[0], now)
                 if run.end is None and found and found.spent >= found.allowed:
                     over.append(run.key)
         self._gone = [run for run in self._gone if run.profile in self._profiles]
         return over
+
+    def accounts(self, now: datetime.datetime) -> Iterator[tuple[str, str, Account]]:
+        """Profile, namespace, and what that has spent; of namespaces that have spent something."""
+        for name, profile in self._known.items():
+            for namespace in profile.status.usage:
+                if found := account(profile, namespace, now):
+                    yield name, namespace, found
 
     def _counted(self, raw: Object, now: datetime.datetime) -> bool:
         """Whether all of it was counted before; most jobs are over for long."""

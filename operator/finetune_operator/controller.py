@@ -78,6 +78,7 @@ class Controller:
         self._stack.push_async_callback(self._cluster.close)
         self._profiles = Profiles(self._cluster)
         self._budgets = Budgets(self._cluster)
+        self.metrics.jobs.accounts = lambda: self._budgets.accounts(utc_now())
         await self._start_servers()
         await self._start_metrics()
         if self.settings.lease is None:

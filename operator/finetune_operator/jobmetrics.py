@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
+from finetune_api.budget import Account
 from finetune_api.failures import Reason, outcome_of
 from finetune_api.jobstatus import State
 from finetune_operator.ledger import OTHER, STARTUP, Entry, Ledger, Survey
@@ -18,6 +19,7 @@ from finetune_operator.sight import FINISHED, Key, Object, moved, read
 PREFIX = "finetune_operator_"
 STATES: tuple[str, ...] = get_args(State)
 _SECONDS = (1.0, 5.0, 15.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0, 10800.0, 43200.0, 86400.0)
+ACCOUNTS = 200
 DIRECTIONS = ("read", "written", "published")
 _OF_JOB: dict[str, tuple[str, Callable[[Entry], float | None]]] = {
     "job_state_timestamp_seconds": ("When the job came into its state.", lambda e: e.since),
@@ -55,6 +57,8 @@ class JobMetrics(Collector):
     def __init__(self, registry: CollectorRegistry, clock: Callable[[], float], ledger: Ledger | None = None) -> None:
         """`clock`: seconds since the epoch."""
         self._clock = clock
+        self.accounts: Callable[[], Iterable[tuple[str, str, Account]]] = tuple
+        """Profile, namespace and its account, of each that has spent something of a budget."""
         self._ledger = Ledger(clock()) if ledger is None else ledger
         self._startup = Histogram(
             PREFIX + "startup_seconds",
@@ -98,6 +102,7 @@ class JobMetrics(Collector):
         yield from self._counts(survey)
         yield from self._sums()
         yield from _figures(survey)
+        yield from _budgets(self.accounts())
 
     def _counts(self, survey: Survey) -> Iterable[Metric]:
         jobs = GaugeMetricFamily(PREFIX + "jobs", "FineTuneJobs by state and reason.", labels=["state", "reason"])
@@ -157,6 +162,21 @@ class JobMetrics(Collector):
         for ending in sorted(usual | self._ledger.attempts.keys()):
             attempts.add_metric(ending, self._ledger.attempts[ending])
         yield attempts
+
+
+def _budgets(accounts: Iterable[tuple[str, str, Account]]) -> Iterable[Metric]:
+    """Of so many accounts as are shown, those of which most is spent."""
+    most = sorted(accounts, key=lambda told: (-told[2].spent / told[2].allowed, told[:2]))[:ACCOUNTS]
+    columns: tuple[tuple[str, str, Callable[[Account], float]], ...] = (
+        ("budget_gpu_hours", "GPU-hours of a namespace in this period.", lambda account: account.allowed),
+        ("budget_spent_gpu_hours", "Of them, those that are spent.", lambda account: account.spent),
+        ("budget_expected_gpu_hours", "What running jobs will spend still.", lambda account: account.expected),
+    )
+    for name, text, hours in columns:
+        gauge = GaugeMetricFamily(PREFIX + name, text, labels=["job_namespace", "profile"])
+        for profile, namespace, account in most:
+            gauge.add_metric([namespace, profile], hours(account))
+        yield gauge
 
 
 def _figures(survey: Survey) -> Iterable[Metric]:

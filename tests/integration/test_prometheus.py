@@ -32,6 +32,7 @@ MINUTES = 150
 RISING = f"0+60x{MINUTES}"
 """A timestamp that is always now."""
 JOB = 'job_namespace="team-a",job_name="bot"'
+BUDGET = '{pod="a",job_namespace="team-a",profile="p"}'
 WELL: Mapping[str, str] = {
     'leader{pod="a"}': f"1x{MINUTES}",
     'leader{pod="b"}': f"0x{MINUTES}",
@@ -42,6 +43,9 @@ WELL: Mapping[str, str] = {
     'reconciles_total{pod="a",result="success"}': f"0+60x{MINUTES}",
     'reconcile_errors_total{pod="a",kind="NotYet"}': f"0+30x{MINUTES}",
     'api_requests_total{pod="a",verb="GET",resource="jobs",code="200"}': f"0+60x{MINUTES}",
+    f"budget_gpu_hours{BUDGET}": f"100x{MINUTES}",
+    f"budget_spent_gpu_hours{BUDGET}": f"50x{MINUTES}",
+    f"budget_expected_gpu_hours{BUDGET}": f"40x{MINUTES}",
     'admission_reviews_total{pod="a",result="failed"}': f"0x{MINUTES}",
     'admission_reviews_total{pod="a",result="denied"}': f"0+5x{MINUTES}",
     'queue_seconds_bucket{pod="a",le="0.1"}': f"0+60x{MINUTES}",
@@ -123,6 +127,15 @@ CASES: Mapping[str, tuple[Mapping[str, str | None], Mapping[str, int]]] = {
         {'jobs_ended_total{pod="a",job_namespace="team-b",state="Failed"}': f"0x60 4x{MINUTES}"},
         {"FineTuneTenantFailing": 1},
     ),
+    "much of a budget is spent": (
+        {f"budget_spent_gpu_hours{BUDGET}": f"85x{MINUTES}", f"budget_expected_gpu_hours{BUDGET}": f"0x{MINUTES}"},
+        {"FineTuneBudgetNear": 1},
+    ),
+    "jobs will not end within a budget": (
+        {f"budget_expected_gpu_hours{BUDGET}": f"60x{MINUTES}"},
+        {"FineTuneBudgetShort": 1},
+    ),
+    "a budget is spent": ({f"budget_spent_gpu_hours{BUDGET}": f"101x{MINUTES}"}, {"FineTuneBudgetSpent": 1}),
     "nodes fail": (
         {'attempts_ended_total{pod="a",outcome="Retryable",reason="NodeLost"}': f"0+0.2x{MINUTES}"},
         {"FineTuneAttemptsFailing": 1},

@@ -8,6 +8,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
+from finetune_api.budget import Account
 from finetune_operator.jobmetrics import JobMetrics
 from finetune_operator.ledger import Ledger
 from finetune_operator.metrics import Metrics
@@ -118,6 +119,7 @@ def everything(metrics: Metrics) -> None:
     why = failed("OutOfMemory")
     lost = run(started=60, ended=90, outcome="Retryable", reason="NodeLost")
     metrics.jobs.note(Told("bad").raw("Failed", 2, {"attempts": [lost], "conditions": why, "completionTime": at(99)}))
+    metrics.jobs.accounts = lambda: [("p", "team-a", Account(100.0, 50.0, 10.0, START))]
     metrics.leader.set(1)
     metrics.reconciled(0.02)
     metrics.reconciled(0.2, TimeoutError())

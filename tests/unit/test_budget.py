@@ -244,3 +244,20 @@ def test_a_job_that_ran_is_estimated_by_its_own_pace() -> None:
     assert remaining(ran, tuple(ran.attempts), 99.0, later) == pytest.approx(4.8)
     silent = status()
     assert remaining(silent, tuple(silent.attempts), 99.0, START) == 99.0
+
+
+async def test_metrics_tell_what_was_spent_by_the_last_look() -> None:
+    world = await started(priced(2.0))
+    look = Look(world)
+    assert list(look.budgets.accounts(world.now)) == []
+    for spent in (1.0, 2.0):
+        world.later(900)
+        await look()
+        [(profile, namespace, told)] = look.budgets.accounts(world.now)
+        assert (profile, namespace, told.allowed, told.spent) == ("laptop", "team-a", 2.0, spent)
+    world.profiles[0]["spec"]["budget"]["gpuHours"] = 5
+    await look()
+    assert [told.allowed for _, _, told in look.budgets.accounts(world.now)] == [5.0]
+    del world.profiles[0]["spec"]["budget"]
+    await look()
+    assert list(look.budgets.accounts(world.now)) == []

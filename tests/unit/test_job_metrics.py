@@ -1,11 +1,12 @@
 """What Prometheus is told of jobs: what is counted, when series go, and how many there can be."""
 
+from finetune_api.budget import Account
 from finetune_api.failures import TerminationMessage
-from finetune_operator.jobmetrics import DIRECTIONS
+from finetune_operator.jobmetrics import ACCOUNTS, DIRECTIONS
 from finetune_operator.ledger import FORGET_AFTER
 from finetune_operator.manifests import CONTAINER
 from support.scraped import BORN, Board, Told, at, failed, run, trainer
-from support.world import Object
+from support.world import START, Object
 
 
 def test_jobs_are_counted_by_state_and_reason_and_by_namespace() -> None:
@@ -253,3 +254,16 @@ def test_a_pod_that_runs_or_was_killed_tells_no_bytes() -> None:
     for pod in (running, killed):
         board.metrics.note_pod(pod)
     assert board.value("storage_bytes_total", job_namespace="team-a", direction="read") == 0
+
+
+def test_of_many_budgets_those_are_told_of_which_most_is_spent() -> None:
+    board = Board()
+    accounts = [("p", f"team-{number}", Account(1000.0, float(number), 1.0, START)) for number in range(1000)]
+    board.metrics.accounts = lambda: accounts
+    assert board.value("budget_spent_gpu_hours", profile="p", job_namespace="team-999") == 999
+    assert board.value("budget_gpu_hours", profile="p", job_namespace="team-999") == 1000
+    assert board.value("budget_expected_gpu_hours", profile="p", job_namespace="team-999") == 1
+    assert board.value("budget_spent_gpu_hours", profile="p", job_namespace="team-0") is None
+    assert board.series("budget_") == 3 * ACCOUNTS
+    board.metrics.accounts = list
+    assert board.series("budget_") == 0
