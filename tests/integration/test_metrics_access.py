@@ -115,6 +115,13 @@ async def test_what_cannot_be_checked_is_refused_and_asked_again(clock: list[flo
     assert await access.check("Bearer good", "10.0.0.1") == 200
 
 
+async def test_a_token_that_no_json_can_hold_is_asked_about_nowhere(clock: list[float]) -> None:
+    reviews = Reviews({})
+    access = Access(reviews, monotonic=lambda: clock[0])
+    assert await access.check("Bearer \udcff\udcff", "10.0.0.1") == 401
+    assert reviews.asked == 0
+
+
 async def test_strangers_cost_the_api_server_little_and_nobody_elses_scrape(clock: list[float]) -> None:
     reviews = Reviews({"good": True})
     access = Access(reviews, monotonic=lambda: clock[0])
