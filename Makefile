@@ -33,16 +33,18 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/hadolint operator/Dockerfile trainer_image/Dockerfile
 
 generate: setup
 	$(BIN)/finetune crds --directory crds
 	cp crds/*.yaml charts/finetune-operator/crds/
 	$(BIN)/python tools/dashboards.py
 	$(BIN)/python tools/filemap.py
+	$(BIN)/python tools/deploy.py
 
 verify: lint generate
-	@test -z "$$(git status --porcelain -- crds charts README.md)" || \
-	  { git diff -- crds charts README.md; git status --short -- crds charts README.md; \
+	@test -z "$$(git status --porcelain -- crds charts deploy README.md)" || \
+	  { git diff -- crds charts deploy README.md; git status --short -- crds charts deploy README.md; \
 	    echo "generated files differ from their sources: run make generate and commit what it writes" >&2; exit 1; }
 
 # Every case instead of the sample of `make test`; `make faults ONLY=tests/faults/test_api_verbs.py` runs a part again.
