@@ -9,7 +9,10 @@ import click
 @click.command("crds")
 @click.option("--directory", type=click.Path(path_type=Path), metavar="DIR", help="Write one file for each instead.")
 def crds_command(directory: Path | None) -> None:
-    """Print the CustomResourceDefinitions: `finetune crds | kubectl apply --server-side -f -`."""
+    """Print the CustomResourceDefinitions: `finetune crds | kubectl apply --server-side -f -`.
+
+    Beside a Helm release add --field-manager=helm --force-conflicts.
+    """
     from finetune_api import crd
 
     if directory is None:
