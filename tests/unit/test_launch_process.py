@@ -55,6 +55,22 @@ def test_the_second_pod_counts_its_ranks_on_and_has_no_result(tmp_path: Path) ->
     assert "[rank 3] I am 3 4" in launch.output
 
 
+MOVING = """
+from finetune_trainer.traffic import Traffic
+traffic = Traffic.from_env()
+traffic.read(1000 if rank < 0 else 10)
+if rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_last_word_has_what_all_processes_moved_the_killed_ones_too(tmp_path: Path) -> None:
+    with launched(tmp_path, MOVING, pull=MOVING) as launch:
+        message = launch.wait()
+    assert message.reason == Reason.RANK_FAILED
+    assert (message.read_bytes, message.written_bytes) == (1020, 0)
+
+
 STAGES = [{"name": "sft"}, {"name": "dpo"}, {"name": "more"}]
 SAYING = """
 stage = os.environ["FINETUNE_STAGE"]
