@@ -5,6 +5,7 @@ more than whether a job would be admitted. Any replica answers.
 """
 
 import asyncio
+import datetime
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -122,7 +123,8 @@ class AdmissionServer:
         if request.kind == "FineTuneProfile":
             return judge_profile(request)
         wanted = request.spec.get("profile")
-        verdict = judge_job(request, await self._profiles.choice(wanted if isinstance(wanted, str) else None))
+        profiles = await self._profiles.choice(wanted if isinstance(wanted, str) else None)
+        verdict = judge_job(request, profiles, datetime.datetime.now(datetime.UTC))
         if verdict.problems:
             return verdict
         asked = list(uses(request))

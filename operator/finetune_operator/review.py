@@ -4,12 +4,14 @@ The object is what the API server would store: pruned, with the schema's default
 here is what those cannot see: rules between a job and its profile, and what its author may use.
 """
 
+import datetime
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
+from finetune_api.budget import account
 from finetune_api.defaults import with_defaults
 from finetune_api.job import parse
 from finetune_api.model import Path, Problem, problems_of
@@ -145,10 +147,10 @@ def _profile_problems(raw: Object | None) -> list[Problem]:
         return problems_of(error)
 
 
-def judge_job(request: Request, profiles: Sequence[Object]) -> Verdict:
+def judge_job(request: Request, profiles: Sequence[Object], now: datetime.datetime) -> Verdict:
     """A FineTuneJob under its profile. `profiles`: what `select_profile` chooses from."""
-    found = _under_profile(request.new, request.namespace, profiles)
-    before = _under_profile(request.old, request.namespace, profiles) if request.old else _Found()
+    found = _under_profile(request.new, request.namespace, profiles, now)
+    before = _under_profile(request.old, request.namespace, profiles, now) if request.old else _Found()
     invalid = _added(found.invalid, before.invalid)
     forbidden = () if invalid else _added(found.forbidden, before.forbidden)
     return Verdict(invalid + forbidden, found.warnings, forbidden=bool(forbidden))
@@ -168,7 +170,7 @@ class _Found(NamedTuple):
     warnings: tuple[str, ...] = ()
 
 
-def _under_profile(raw: Object, namespace: str, profiles: Sequence[Object]) -> _Found:
+def _under_profile(raw: Object, namespace: str, profiles: Sequence[Object], now: datetime.datetime) -> _Found:
     try:
         job = parse(_named(raw, namespace))
     except ValidationError as error:
@@ -181,7 +183,16 @@ def _under_profile(raw: Object, namespace: str, profiles: Sequence[Object]) -> _
         whole = with_defaults(job, profile.spec.defaults)
     except ValidationError as error:
         return _Found(against_defaults(error, profile.metadata.name))
-    return _Found(unsupported(whole.spec), not_allowed(whole, profile))
+    return _Found(unsupported(whole.spec), not_allowed(whole, profile), _of_budget(profile, namespace, now))
+
+
+def _of_budget(profile: FineTuneProfile, namespace: str, now: datetime.datetime) -> tuple[str, ...]:
+    """A job that its namespace's budget does not bear now is not refused: it waits for the next period."""
+    found = account(profile, namespace, now)
+    if found is None or found.spent < found.allowed:
+        return ()
+    until = f"{found.ends:%Y-%m-%d %H:%M} UTC"
+    return (f"profile {profile.metadata.name!r}, namespace {namespace!r}: {found}; the job waits until {until}",)
 
 
 def _named(raw: Object, namespace: str) -> dict[str, Any]:
