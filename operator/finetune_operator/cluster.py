@@ -199,6 +199,11 @@ class KubeCluster:
         pages = self._pages(_path(kind, namespace), {"labelSelector": f"{JOB_LABEL}={job}"})
         return [item async for page in pages for item in page]
 
+    async def list_labelled(self, kind: str, namespace: str, label: str) -> list[Object]:
+        """Objects of the kind that carry `label`, written as `name=value`."""
+        pages = self._pages(_path(kind, namespace), {"labelSelector": label})
+        return [item async for page in pages for item in page]
+
     async def list_profiles(self) -> list[Object]:
         return [item async for page in self._pages(_path("FineTuneProfile", None), {}) for item in page]
 

@@ -16,13 +16,21 @@ Object = dict[str, Any]
 
 NAMESPACE_LABEL = "kubernetes.io/metadata.name"
 OPERATOR_PODS = {"app.kubernetes.io/name": "finetune-operator"}
-DNS_PODS = {"k8s-app": "kube-dns"}
-"""In kube-system: also CoreDNS carries this label."""
 EVERYWHERE = (
     # Link-local addresses are a node's own: cloud metadata and the credentials that it hands out.
     {"cidr": "0.0.0.0/0", "except": ["169.254.0.0/16"]},
     {"cidr": "::/0", "except": ["fe80::/10", "fd00:ec2::/32"]},
 )
+DNS_RULE: Object = {
+    "to": [
+        {
+            "namespaceSelector": {"matchLabels": {NAMESPACE_LABEL: "kube-system"}},
+            # Also CoreDNS carries this label.
+            "podSelector": {"matchLabels": {"k8s-app": "kube-dns"}},
+        }
+    ],
+    "ports": [{"protocol": protocol, "port": 53} for protocol in ("UDP", "TCP")],
+}
 _SERVICE = re.compile(r"[a-z0-9-]+\.([a-z0-9-]+)\.svc(\.[a-z0-9.-]+)?")
 _PORTS = {"https": 443, "http": 80}
 
@@ -47,7 +55,7 @@ def policy(metadata: Object, selector: Mapping[str, str], profile: FineTuneProfi
             "podSelector": {"matchLabels": dict(selector)},
             "policyTypes": ["Ingress", "Egress"],
             "ingress": [{"from": own}],
-            "egress": [{"to": own}, _dns(), _progress(progress_url), *_store(profile)],
+            "egress": [{"to": own}, DNS_RULE, _progress(progress_url), *_store(profile)],
         },
     }
 
@@ -62,11 +70,6 @@ def place(url: str) -> Place:
         return Place(None, str(ipaddress.ip_address(host)), port)
     except ValueError:
         return Place(None, None, port)
-
-
-def _dns() -> Object:
-    ports = [{"protocol": protocol, "port": 53} for protocol in ("UDP", "TCP")]
-    return {"to": [_pods("kube-system", DNS_PODS)], "ports": ports}
 
 
 def _progress(url: str) -> Object:

@@ -1,8 +1,11 @@
-"""`python -m finetune_trainer prepare | train`: the two programs of a job. Both read $FINETUNE_RUN_CONFIG."""
+"""`python -m finetune_trainer prepare | train`: the two programs of a job, which read $FINETUNE_RUN_CONFIG.
+
+And `nettest`, which belongs to no job.
+"""
 
 import sys
 
-USAGE = "usage: python -m finetune_trainer prepare|train"
+USAGE = "usage: python -m finetune_trainer prepare|train|nettest"
 
 
 def main(arguments: list[str]) -> int:
@@ -16,6 +19,10 @@ def main(arguments: list[str]) -> int:
             from finetune_trainer.launch import main as train
 
             return train()
+        case ["nettest"]:
+            from finetune_trainer.nettest import main as nettest
+
+            return nettest()
     print(USAGE, file=sys.stderr)
     return 2
 
