@@ -46,6 +46,10 @@ def _not_allowed(job: FineTuneJob, profile: FineTuneProfile) -> Iterator[Problem
     gpus = workers * spec.distribution.gpus_per_worker
     if limits.max_gpus and gpus > limits.max_gpus:
         yield refuse(("spec", "distribution"), gpus, f"at most {limits.max_gpus} as workers x gpusPerWorker")
+    at_a_time = rules.concurrency
+    most = min((n for n in (at_a_time.gpus, at_a_time.gpus_per_namespace) if n), default=None)
+    if most and gpus > most and not (spec.queue and spec.queue.name):
+        yield refuse(("spec", "distribution"), gpus, f"at most {most} at a time as workers x gpusPerWorker")
     if spec.base_model.dtype == "Float16" and rules.accelerator is None:
         path, name = ("spec", "baseModel", "dtype"), profile.metadata.name
         text = f"found Float16; profile {name!r} has no accelerators, and CPUs train in Float32 or BFloat16 (or Auto)"

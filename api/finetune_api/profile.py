@@ -140,6 +140,17 @@ class Budget(ApiModel):
     """Of the calendar, in UTC; weeks begin on Monday."""
 
 
+class Concurrency(ApiModel):
+    """What jobs that name no queue use at a time; the others wait for their turn. Where there is no accelerator, a CPU
+    process counts as a GPU."""
+
+    jobs_per_namespace: Annotated[int, Field(ge=1, le=65536)] | None = None
+    gpus_per_namespace: Annotated[int, Field(ge=1, le=65536)] | None = None
+    gpus: Annotated[int, Field(ge=1, le=65536)] | None = None
+    """Of all namespaces together. Next comes a job of the namespace that uses least, of equals of the one that was
+    served longest ago; where it finds no room, nobody overtakes it."""
+
+
 class FineTuneProfileSpec(ApiModel):
     rules: ClassVar = (
         Rule(
@@ -184,6 +195,7 @@ class FineTuneProfileSpec(ApiModel):
     locked: Annotated[list[ShortText], Field(max_length=64)] = []
     """Paths of spec that a job may not set against defaults, such as `training.maxLength`."""
     budget: Budget | None = None
+    concurrency: Concurrency = Concurrency()
 
 
 class ProfileMeta(ApiModel):
@@ -206,20 +218,8 @@ class Usage(ApiModel):
     """What the jobs that run then will spend still, by their own pace or by their estimate."""
 
 
-class NetworkStatus(ApiModel):
-    """What the test of the cluster's NetworkPolicies showed."""
-
-    enforced: Literal["True", "False", "Unknown"]
-    message: ShortText = ""
-    tested_time: datetime.datetime | None = None
-    generation: Annotated[int, Field(ge=0)] | None = None
-    """Of the profile that was tested."""
-
-
 class ProfileStatus(ApiModel):
     observed_generation: Annotated[int, Field(ge=0)] | None = None
-    network: NetworkStatus | None = None
-    """Where networkPolicy is true."""
     usage: Annotated[dict[str, Usage], Field(max_length=10_000)] = {}
     """By namespace, where there is a budget."""
 

@@ -18,7 +18,6 @@ from finetune_operator.cluster import ApiError, KubeCluster, load_configuration
 from finetune_operator.leader import Election, Lost, Terms
 from finetune_operator.manifests import ATTEMPT_LABEL, JOB_LABEL, PREPARE, Context
 from finetune_operator.metrics import Metrics
-from finetune_operator.nettesting import NetworkTests
 from finetune_operator.news import ChildNews, JobNews, job_facts, job_fingerprint, pod_facts, prepares
 from finetune_operator.observe import Census
 from finetune_operator.profiles import Profiles
@@ -29,6 +28,7 @@ from finetune_operator.serving import Listening
 from finetune_operator.settings import Settings, operator_version
 from finetune_operator.signing import Sign, signer
 from finetune_operator.tls import TlsError
+from finetune_operator.turns import Line
 from finetune_operator.workqueue import WorkQueue
 
 logger = logging.getLogger("finetune_operator.controller")
@@ -49,6 +49,7 @@ class Controller:
         self._queue: WorkQueue[Key] = WorkQueue(self._work, on_failure=self._failure)
         self._jobs = JobNews()
         self._children = ChildNews()
+        self._line = Line()
         self._prepare_pods: dict[Key, str] = {}
         """Pods that prepared the data of jobs whose next reconcile has not used that yet."""
         self._added: dict[Key, float] = {}
@@ -96,9 +97,6 @@ class Controller:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._queue.run(self.settings.workers), name="queue")
             tasks.create_task(self._resync_forever(), name="resync")
-            if self.settings.lease:
-                tests = NetworkTests(self._cluster, self.settings.lease.split("/")[0])
-                tasks.create_task(tests.run(), name="network tests")
 
     def _election(self, lease: str) -> Election:
         namespace, name = lease.split("/")
@@ -181,6 +179,11 @@ class Controller:
         self._added.setdefault(key, self._clock())
         self._queue.add(key)
 
+    def _call_next(self) -> None:
+        """Whose turn it is now is looked at now."""
+        for key in self._line.ready():
+            self._add(key)
+
     def _measure(self, raw: Object) -> None:
         """Of several operators, only the one that acts counts jobs: else they would be counted several times."""
         if self._acting:
@@ -194,7 +197,9 @@ class Controller:
         self._jobs.begin(key)
         try:
             pod = self._prepare_pods.get(key)
-            result = await reconcile(self._cluster, key, self._context, profiles=self._profiles, prepare_pod=pod)
+            result = await reconcile(
+                self._cluster, key, self._context, profiles=self._profiles, prepare_pod=pod, line=self._line
+            )
             version = job_fingerprint(result.job) if result.job else None
         except Exception as error:
             self.metrics.reconciled(self._clock() - start, error)
@@ -203,6 +208,7 @@ class Controller:
             if self._jobs.done(key, version):
                 self._add(key)
         self.metrics.reconciled(self._clock() - start)
+        self._call_next()
         if result.job:
             self._measure(result.job)
         else:
@@ -253,6 +259,7 @@ class Controller:
         for key in missing:
             self.metrics.jobs.forget(key)
         self.metrics.looked_at_all()
+        self._call_next()
         # At the first look statuses may tell of what was long ago: then nothing is counted.
         first, self._listed = not self._listed, True
         if not first and (over := await self._budgets.settle(utc_now())):
@@ -268,7 +275,7 @@ class Controller:
         if at_rest(raw) and not census.runs(raw["metadata"]["uid"]):
             return
         try:
-            done = await glance(raw, census, self._context, self._profiles)
+            done = await glance(raw, census, self._context, self._profiles, self._line)
         except ValidationError:
             done = None  # The reconcile says what is wrong with it.
         if done is None:

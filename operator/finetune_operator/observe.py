@@ -7,7 +7,16 @@ from typing import Any, Literal
 
 from finetune_api.failures import TerminationMessage
 from finetune_operator import snapshot
-from finetune_operator.manifests import ATTEMPT_LABEL, CONTAINER, GPUS, JOB_LABEL, PREPARE, PROFILE, PROFILE_GENERATION
+from finetune_operator.manifests import (
+    ATTEMPT_LABEL,
+    CONTAINER,
+    GPUS,
+    JOB_LABEL,
+    PREPARE,
+    PROFILE,
+    PROFILE_GENERATION,
+    QUEUE_LABEL,
+)
 from finetune_operator.snapshot import Snapshot
 
 Object = Mapping[str, Any]
@@ -92,6 +101,8 @@ class Child:
     profile: str | None = None
     """The profile that it was made under."""
     profile_generation: int | None = None
+    queued: bool = False
+    """It was handed to a queue, which admits it."""
     gpus: int | None = None
     """Of all its pods; CPU processes where the profile has none."""
     snapshot: Snapshot | None = None
@@ -199,6 +210,7 @@ def read_job(raw: Object) -> Child:
         selective=_refuses_nodes(spec),
         profile=notes.get(PROFILE),
         profile_generation=_count(notes.get(PROFILE_GENERATION)),
+        queued=QUEUE_LABEL in meta["labels"],
         gpus=_count(notes.get(GPUS)),
         snapshot=Snapshot.decode(notes[snapshot.ANNOTATION]) if snapshot.ANNOTATION in notes else None,
     )

@@ -26,6 +26,7 @@ from finetune_operator.observe import Child, Observed
 from finetune_operator.situation import LOOK_AGAIN, Situation, Step, with_trouble, within_pre_running
 from finetune_operator.snapshot import Snapshot
 from finetune_operator.status import Decision, Note
+from finetune_operator.turns import Claim, Line
 
 Object = Mapping[str, Any]
 KEEP_ENDED = 3
@@ -48,18 +49,26 @@ class Plan:
     events: tuple[Note, ...] = ()
     requeue_after: float | None = None
     """Seconds; None: the next watch event is soon enough."""
+    claim: Claim | None = None
+    """GPUs that the job holds then, or waits for."""
 
 
 def plan(
-    subject: Subject, profiles: Sequence[Object], observed: Observed, now: datetime.datetime, context: Context
+    subject: Subject,
+    profiles: Sequence[Object],
+    observed: Observed,
+    now: datetime.datetime,
+    context: Context,
+    line: Line | None = None,
 ) -> Plan:
-    """`profiles`: the one that the job names, or all of them; `now`: UTC, whole seconds."""
+    """`profiles`: the one that the job names, or all of them; `now`: UTC, whole seconds; `line`: what other jobs hold
+    and wait for."""
     if subject.deleting or subject.foreign:
         return Plan(subject.status)
     if status.finished(subject.status):
         return _after_the_end(subject, observed, now)
     attempts = history.update(subject.status.attempts, observed, now)
-    situation = Situation(subject, observed, attempts, now, context)
+    situation = Situation(subject, observed, attempts, now, context, line or Line())
     step = _decide(situation, profiles)
     new = status.build(subject.status, step.decision, subject.generation, now)
     if step.decision.state in ("Complete", "Failed") and subject.ttl_seconds is not None:
@@ -70,6 +79,21 @@ def plan(
         delete=_superfluous(observed, step),
         events=status.notes(subject.status, new),
         requeue_after=_earliest(step.due, now),
+        claim=step.claim or _held(situation, step),
+    )
+
+
+def _held(situation: Situation, step: Step) -> Claim | None:
+    """What a gang holds that goes on, where no queue has admitted it."""
+    last = step.decision.attempts[-1] if step.decision.attempts else None
+    if last is None or last.outcome is not None or not last.profile:
+        return None
+    child = next((child for child in situation.observed.gangs if child.attempt == last.number), None)
+    if child is None or child.queued:
+        return None
+    subject = situation.subject
+    return Claim(
+        (subject.namespace, subject.name), last.profile, last.gpus or 1, subject.created, True, last.creation_time
     )
 
 

@@ -15,6 +15,7 @@ from finetune_operator.observe import Census, Observed, controller_uid, observe
 from finetune_operator.plan import Plan, collision, plan, with_uids
 from finetune_operator.profiles import Profiles
 from finetune_operator.status import Note, finished, patch
+from finetune_operator.turns import Line
 
 logger = logging.getLogger("finetune_operator.reconcile")
 Key = tuple[str, str]
@@ -60,16 +61,21 @@ async def reconcile(
     *,
     profiles: Profiles | None = None,
     prepare_pod: str | None = None,
+    line: Line | None = None,
 ) -> Result:
     """Brings one job a step further. `prepare_pod`: name of a pod that is said to have ended well; it is read, if so.
+    `line`: what other jobs hold and wait for; it is told how this one stands then.
 
     Raises ApiError where the server refuses or cannot be reached; the caller tries again.
     """
+    line = line or Line()
     raw = await cluster.get("FineTuneJob", *key)
     if raw is None:
+        line.note(key, None)
         return Result()
     subject = Subject.read(raw)
     if subject.deleting or subject.foreign:
+        line.note(key, None)
         return Result(None, subject.status.state, raw)
     wanted = (raw.get("spec") or {}).get("profile")
     choice = [] if finished(subject.status) else await (profiles or Profiles(cluster)).choice(wanted)
@@ -79,14 +85,17 @@ async def reconcile(
         # Deleted, most likely. That its attempt has ended cannot be taken back, so another way to read it must agree.
         jobs = await _jobs(cluster, subject, None)
     observed = await _observe(cluster, subject, jobs, prepare_pod, clock())
-    decided = plan(subject, choice, observed, clock(), context)
+    decided = plan(subject, choice, observed, clock(), context, line)
     # A try that was cut short may have left a Job that no status tells of. Creating it anew would show that, by 409.
     if not decided.create and (left := await _jobs(cluster, subject, unrecorded)):
         observed = await _observe(cluster, subject, [*jobs, *left], prepare_pod, clock())
-        decided = plan(subject, choice, observed, clock(), context)
+        decided = plan(subject, choice, observed, clock(), context, line)
+    # Nothing was awaited since the line was asked, if a gang is to be created.
+    line.note(key, decided.claim)
     lacking = _lacks_a_gang(subject, jobs) or len(jobs) < len(recorded or ())
     if decided.create and lacking and not await _exists(cluster, subject):
         # It was deleted after it was read, and garbage collection takes its Jobs: they are not to come back.
+        line.note(key, None)
         return Result()
     return await _carry_out(cluster, subject, raw, decided, clock)
 
@@ -96,7 +105,7 @@ async def _exists(cluster: Cluster, subject: Subject) -> bool:
     return found is not None and found["metadata"]["uid"] == subject.uid
 
 
-async def glance(raw: Object, census: Census, context: Context, profiles: Profiles) -> Result | None:
+async def glance(raw: Object, census: Census, context: Context, profiles: Profiles, line: Line) -> Result | None:
     """Where there is nothing to do for this job, by what was listed: when there may be. None: it is to be reconciled.
 
     Raises ApiError and ValidationError.
@@ -106,7 +115,10 @@ async def glance(raw: Object, census: Census, context: Context, profiles: Profil
         return Result(None, subject.status.state, raw)
     observed = census.of(subject.uid, subject.namespace, subject.name)
     choice = [] if finished(subject.status) else await profiles.choice((raw.get("spec") or {}).get("profile"))
-    decided = plan(subject, choice, observed, utc_now(), context)
+    decided = plan(subject, choice, observed, utc_now(), context, line)
+    # What is to be created holds nothing yet, and all others are to be heard of before it does.
+    claim = decided.claim
+    line.note((subject.namespace, subject.name), claim._replace(holds=False) if claim and decided.create else claim)
     if decided.create or decided.delete or patch(subject.status, decided.status):
         return None
     return Result(decided.requeue_after, subject.status.state, raw)

@@ -16,6 +16,7 @@ from finetune_operator.manifests import Context
 from finetune_operator.observe import Child, Observed, Pod
 from finetune_operator.snapshot import Snapshot
 from finetune_operator.status import Decision
+from finetune_operator.turns import Claim, Line
 
 LOOK_AGAIN = datetime.timedelta(seconds=20)
 """For what no watch tells of: a profile that appears, a pod whose node does not answer."""
@@ -31,6 +32,8 @@ class Step:
     """When time alone would change the decision."""
     discard: Child | None = None
     """A Job that is of no use any more."""
+    claim: Claim | None = None
+    """GPUs that it takes now, or waits for."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Situation:
     attempts: tuple[Attempt, ...]
     now: datetime.datetime
     context: Context
+    line: Line
 
     def fail(self, reason: Reason, message: str, *, accepted: bool = True) -> Step:
         ended = history.close_open(self.attempts, reason, message, self.now, "Permanent")
@@ -57,6 +61,19 @@ class Situation:
         last = self.attempts[-1] if self.attempts else None
         begun = self.gang_of(last)[0].snapshot if last and last.outcome is None else None
         return begun or (Snapshot.of(profile) if profile else None)
+
+    def claim(self, profile: FineTuneProfile, gpus: int) -> Claim:
+        """To start now."""
+        subject, last = self.subject, self.attempts[-1] if self.attempts else None
+        return Claim(
+            key=(subject.namespace, subject.name),
+            profile=profile.metadata.name,
+            gpus=gpus,
+            since=subject.created,
+            holds=False,
+            served=last.creation_time if last else None,
+            limits=profile.spec.concurrency,
+        )
 
     def stand(self, decision: Decision) -> Decision:
         return replace(decision, attempts=self.attempts)

@@ -41,8 +41,13 @@ def start(situation: Situation, job: FineTuneJob, profile: FineTuneProfile, prep
     if lingering := _lingering(situation):
         text = f"attempt {number} waits for {', '.join(lingering[:3])} of the one before to end"
         return Step(situation.stand(replace(known, message=text)), due=(situation.now + LOOK_AGAIN,))
-    name = manifests.child_name(job.metadata.name, number)
     gpus = manifests.devices(job.spec, profile.spec, workers).world_size
+    claim = None if _queue(job) else situation.claim(profile, gpus)
+    if claim and (reason := situation.line.why_not(claim)):
+        text = f"attempt {number} waits for its turn: {reason}"
+        step = Step(situation.stand(replace(known, state="Queued", message=text)), claim=claim)
+        return within_pre_running(situation, job, _ready_since(situation), step)
+    name = manifests.child_name(job.metadata.name, number)
     attempt = Attempt(
         number=number,
         job=name,
@@ -66,8 +71,15 @@ def start(situation: Situation, job: FineTuneJob, profile: FineTuneProfile, prep
         job, profile, situation.context, number, prepared, found.sizings, workers=workers, affinity=affinity
     )
     grace = _grace_of(Snapshot.of(profile), situation.now)
-    step = Step(decision, objects, (grace if affinity and strictly else None,))
+    taken = claim and claim._replace(holds=True, served=situation.now)
+    step = Step(decision, objects, (grace if affinity and strictly else None,), claim=taken)
     return within_pre_running(situation, job, waited.since if waited and not overdue else situation.now, step)
+
+
+def _ready_since(situation: Situation) -> datetime.datetime:
+    """When the next attempt could have begun."""
+    last, prepared = situation.attempts[-1] if situation.attempts else None, situation.observed.prepare
+    return (last and last.completion_time) or (prepared and prepared.finished_at) or situation.now
 
 
 def _wanted(

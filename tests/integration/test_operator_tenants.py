@@ -50,3 +50,25 @@ async def test_a_budget_is_counted_in_the_profile_and_ends_what_has_spent_it(sce
     status = await scene.reaches("Suspended", "k")
     assert "attempts" not in status or status["attempts"] == []
     assert (await usage(scene))["gpuSeconds"] >= 14
+
+
+async def test_a_namespace_runs_as_many_jobs_as_it_may_and_the_next_one_follows(scene: Scene) -> None:
+    (await scene.api.patch(profile_path(scene), {"spec": {"concurrency": {"jobsPerNamespace": 1}}})).must(200)
+    await scene.operator.start(RESYNC_SECONDS="3600")
+    for name in ("j", "k"):
+        await scene.submit(name)
+        await scene.reaches("Preparing", name)
+        await scene.end(f"{name}-prepare", message=TerminationMessage(prepared=PREPARED))
+    status = await scene.reaches("Queued", "k")
+    text = f"profile '{scene.profile}' lets namespace '{scene.namespace}' run 1 job at a time"
+    assert status["message"] == f"attempt 0 waits for its turn: {text}"
+    assert await scene.jobs() == ["j-0", "j-prepare", "k-prepare"]
+    # Another operator knows who holds what.
+    assert await scene.operator.stop() == 0
+    await scene.operator.start(RESYNC_SECONDS="3600")
+    await scene.run("j-0")
+    await scene.reaches("Running")
+    assert await scene.jobs() == ["j-0", "j-prepare", "k-prepare"]
+    await scene.completed("j-0")
+    await scene.reaches("Complete")
+    await scene.reaches("Starting", "k")

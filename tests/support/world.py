@@ -18,6 +18,7 @@ from finetune_operator.accept import Subject
 from finetune_operator.cluster import ApiError, TokenUser
 from finetune_operator.manifests import Context
 from finetune_operator.reconcile import reconcile
+from finetune_operator.turns import Line
 from support.manifests import job_manifest
 
 Object = dict[str, Any]
@@ -114,6 +115,7 @@ class World:
     deleted: list[str] = field(default_factory=list)
     writes: int = 0
     crash_after: int | None = None
+    line: Line = field(default_factory=Line)
     unreachable: tuple[str, ...] = ()
     """Kinds that cannot be read."""
     gone: bool = False
@@ -207,7 +209,8 @@ class World:
 
     async def reconcile(self) -> float | None:
         """One reconcile; after how many seconds the next one is asked for."""
-        result = await reconcile(self, ("team-a", self.job["metadata"]["name"]), CONTEXT, lambda: self.now)
+        key = self.job["metadata"]["namespace"], self.job["metadata"]["name"]
+        result = await reconcile(self, key, CONTEXT, lambda: self.now, line=self.line)
         return result.after
 
     async def settle(self) -> float | None:
