@@ -218,8 +218,20 @@ class Usage(ApiModel):
     """What the jobs that run then will spend still, by their own pace or by their estimate."""
 
 
+class NetworkStatus(ApiModel):
+    """What the test of the cluster's NetworkPolicies showed."""
+
+    enforced: Literal["True", "False", "Unknown"]
+    message: ShortText = ""
+    tested_time: datetime.datetime | None = None
+    generation: Annotated[int, Field(ge=0)] | None = None
+    """Of the profile that was tested."""
+
+
 class ProfileStatus(ApiModel):
     observed_generation: Annotated[int, Field(ge=0)] | None = None
+    network: NetworkStatus | None = None
+    """Where networkPolicy is true."""
     usage: Annotated[dict[str, Usage], Field(max_length=10_000)] = {}
     """By namespace, where there is a budget."""
 

@@ -18,6 +18,7 @@ from finetune_operator.cluster import ApiError, KubeCluster, load_configuration
 from finetune_operator.leader import Election, Lost, Terms
 from finetune_operator.manifests import ATTEMPT_LABEL, JOB_LABEL, PREPARE, Context
 from finetune_operator.metrics import Metrics
+from finetune_operator.nettesting import NetworkTests
 from finetune_operator.news import ChildNews, JobNews, job_facts, job_fingerprint, pod_facts, prepares
 from finetune_operator.observe import Census
 from finetune_operator.profiles import Profiles
@@ -97,6 +98,9 @@ class Controller:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._queue.run(self.settings.workers), name="queue")
             tasks.create_task(self._resync_forever(), name="resync")
+            if self.settings.lease:
+                tests = NetworkTests(self._cluster, self.settings.lease.split("/")[0])
+                tasks.create_task(tests.run(), name="network tests")
 
     def _election(self, lease: str) -> Election:
         namespace, name = lease.split("/")
