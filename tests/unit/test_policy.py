@@ -1,8 +1,10 @@
 """What a profile allows a job, each refusal by its field."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from finetune_api.job import parse
@@ -128,3 +130,11 @@ def test_the_operators_own_variables_are_not_a_profiles(name: str) -> None:
     spec = FineTuneProfileSpec.model_validate({"image": "i", "environment": [{"name": "NCCL_DEBUG"}, {"name": name}]})
     (only,) = unsupported_profile(spec)
     assert format_path(only.path) == "spec.environment[1].name"
+
+
+def test_the_profile_of_the_readme_is_one() -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    (block,) = (block for block in text.split("```") if block.startswith("yaml\nspec:\n"))
+    spec = yaml.safe_load(block.removeprefix("yaml\n"))["spec"]
+    profile = FineTuneProfile.model_validate(make_profile(**spec))
+    assert unsupported_profile(profile.spec) == []
