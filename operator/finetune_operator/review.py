@@ -7,7 +7,7 @@ here is what those cannot see: rules between a job and its profile, and what its
 import datetime
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from pydantic import ValidationError
 
@@ -53,7 +53,7 @@ class Request:
         name = kind.get("kind") if isinstance(kind, dict) else None
         if name not in ("FineTuneJob", "FineTuneProfile") or request.get("operation") not in ("CREATE", "UPDATE"):
             raise Malformed("only FineTuneJobs and FineTuneProfiles that are created or updated are reviewed")
-        if not isinstance(new, dict) or not isinstance(new.get("metadata"), dict) or not isinstance(user, dict):
+        if not _is_object(new) or not isinstance(user, dict):
             raise Malformed("request.object and request.userInfo must be objects")
         old = request.get("oldObject")
         return cls(
@@ -64,7 +64,7 @@ class Request:
             name=str(request.get("name") or new["metadata"].get("name") or ""),
             user=user,
             new=new,
-            old=old if isinstance(old, dict) else None,
+            old=old if _is_object(old) else None,
         )
 
     @property
@@ -76,6 +76,10 @@ class Request:
     def leaves(self) -> bool:
         """It is being deleted: nothing may hold that up."""
         return "deletionTimestamp" in self.new["metadata"]
+
+
+def _is_object(value: Any) -> TypeGuard[dict[str, Any]]:
+    return isinstance(value, dict) and isinstance(value.get("metadata"), dict)
 
 
 class Use(NamedTuple):

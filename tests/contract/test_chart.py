@@ -25,6 +25,7 @@ ANYTHING = {
     "issuer": {"certificates": {"source": "CertManager", "issuerRef": {"name": "corp", "kind": "ClusterIssuer"}}},
     "ports": {"progress": {"port": 9001}, "admission": {"webhook": {"port": 9002}}, "metrics": {"port": 9003}},
     "scrapers": {"networkPolicy": {"enabled": True, "metricsFrom": [{"podSelector": {}}], "apiServerPorts": [6443]}},
+    "API server": {"networkPolicy": {"enabled": True, "webhookFrom": [{"ipBlock": {"cidr": "10.0.0.0/28"}}]}},
     "open metrics": {"metrics": {"authentication": False, "serviceMonitor": {"enabled": True}}},
     "a scraper's Secret": {
         "metrics": {"podMonitor": {"enabled": True, "bearerTokenSecret": {"name": "prometheus", "key": "token"}}}
@@ -282,6 +283,24 @@ def test_metrics_are_scraped_with_a_token_over_tls() -> None:
     (scraped,) = pods["spec"]["podMetricsEndpoints"]
     assert scraped["authorization"] == {"credentials": {"name": "prometheus", "key": "token"}}
     assert scraped["tlsConfig"] == endpoint["tlsConfig"]
+
+
+def test_the_operators_network_policy_lets_in_who_must_come() -> None:
+    (policy,) = of_kind(render(ANYTHING["API server"]), "NetworkPolicy")
+    (deployment,) = of_kind(render(), "Deployment")
+    labels = deployment["spec"]["template"]["metadata"]["labels"].items()
+    assert policy["spec"]["podSelector"]["matchLabels"].items() <= labels
+    by_port = {rule["ports"][0]["port"]: rule.get("from") for rule in policy["spec"]["ingress"]}
+    named = {port["name"] for port in deployment["spec"]["template"]["spec"]["containers"][0]["ports"]}
+    # The kubelet's probes come from the node, which no policy keeps out.
+    assert by_port.keys() == named - {"health"}
+    (trainers,) = by_port["https-progress"]
+    assert trainers["podSelector"] == {"matchLabels": {"app.kubernetes.io/name": "finetune-trainer"}}
+    assert by_port["https-webhook"] == [{"ipBlock": {"cidr": "10.0.0.0/28"}}]
+    (open_to_all,) = of_kind(render({"networkPolicy": {"enabled": True}}), "NetworkPolicy")
+    assert [rule for rule in open_to_all["spec"]["ingress"] if "from" not in rule] == [
+        {"ports": [{"port": "https-webhook", "protocol": "TCP"}]}
+    ]
 
 
 def test_what_is_measured_is_in_the_release() -> None:

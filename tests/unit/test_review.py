@@ -1,9 +1,14 @@
 """What the webhook says of objects, by its pure part."""
 
+import copy
 import datetime
+import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from finetune_operator.review import Malformed, Request, Verdict, answer, judge_job, judge_profile, uses
 from support.manifests import job_manifest
@@ -179,3 +184,38 @@ def test_a_spec_of_no_shape_is_refused_and_breaks_nothing(spec: Any) -> None:
     verdict = judge_job(request(raw), [profile()], NOW)
     assert verdict.problems
     assert list(uses(request(raw))) == []
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=8), children, max_size=3),
+    max_leaves=8,
+)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in items:
+        yield from places(child, (*path, key))
+
+
+WHOLE = review(job(credentials={"secretRef": {"name": "keys"}}, profile="small"), job())
+PLACES = [path for path in places(WHOLE) if path]
+
+
+@settings(max_examples=300, deadline=None)
+@given(path=st.sampled_from(PLACES), value=JSON)
+def test_a_review_with_anything_anywhere_is_answered_or_malformed(path: tuple[Any, ...], value: Any) -> None:
+    body = copy.deepcopy(WHOLE)
+    parent = body
+    for key in path[:-1]:
+        parent = parent[key]
+    parent[path[-1]] = value
+    try:
+        asked = Request.read(body)
+    except Malformed:
+        return
+    verdict = judge_profile(asked) if asked.kind == "FineTuneProfile" else judge_job(asked, [profile()], NOW)
+    list(uses(asked))
+    json.dumps(answer(asked, verdict))
