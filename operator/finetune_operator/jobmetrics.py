@@ -4,7 +4,6 @@ The labels are `job_namespace` and `job_name`: `namespace` and `job` are those o
 """
 
 from collections.abc import Callable, Iterable
-from typing import get_args
 
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
@@ -12,12 +11,10 @@ from prometheus_client.registry import Collector
 
 from finetune_api.budget import Account
 from finetune_api.failures import Reason, outcome_of
-from finetune_api.jobstatus import State
-from finetune_operator.ledger import OTHER, STARTUP, Entry, Ledger, Survey
-from finetune_operator.sight import FINISHED, Key, Object, moved, read
+from finetune_operator.ledger import STARTUP, Entry, Ledger, Survey
+from finetune_operator.sight import FINISHED, OTHER, STATES, Key, Object, moved, read
 
 PREFIX = "finetune_operator_"
-STATES: tuple[str, ...] = get_args(State)
 _SECONDS = (1.0, 5.0, 15.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0, 10800.0, 43200.0, 86400.0)
 ACCOUNTS = 200
 DIRECTIONS = ("read", "written", "published")

@@ -8,9 +8,8 @@ its last job.
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
-from finetune_operator.sight import HOLDING, Key, Moved, Sight
+from finetune_operator.sight import HOLDING, OTHER, Key, Moved, Sight
 
-OTHER = "other"
 STARTUP = ("Pending", "Preparing", "Queued", "Starting", "Loading")
 """What lies between a manifest and its first step, in this order; a queue or a retry may lead back."""
 WAITING = ("Queued", "Starting", "Retrying")

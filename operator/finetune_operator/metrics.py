@@ -14,7 +14,7 @@ from prometheus_client import (
 )
 
 from finetune_operator.jobmetrics import PREFIX, JobMetrics
-from finetune_operator.ledger import OTHER
+from finetune_operator.sight import OTHER
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 

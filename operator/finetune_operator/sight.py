@@ -3,9 +3,10 @@
 import datetime
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
-from finetune_api.failures import Reason
+from finetune_api.failures import Outcome, Reason
+from finetune_api.jobstatus import State
 from finetune_operator.accept import MANAGER
 from finetune_operator.observe import read_pod
 
@@ -15,7 +16,11 @@ Key = tuple[str, str]
 FINISHED = ("Complete", "Failed")
 HOLDING = ("Running", "Evaluating", "Publishing")
 """States in which a gang runs."""
+STATES: tuple[str, ...] = get_args(State)
+OTHER = "other"
+"""In place of what would make labels without bound."""
 _REASONS = frozenset(map(str, Reason))
+_OUTCOMES = frozenset(get_args(Outcome))
 
 
 class Run(NamedTuple):
@@ -111,13 +116,21 @@ class Sight(NamedTuple):
 
 
 def read(raw: Object) -> Sight | None:
-    """Of what the CRD's schema lets through; None where the job is another controller's."""
+    """None where the job is another controller's, or its status is somebody else's handiwork: the reconcile says so."""
+    try:
+        return _read(raw)
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
+        return None
+
+
+def _read(raw: Object) -> Sight | None:
     meta, spec, status = raw["metadata"], raw.get("spec") or {}, raw.get("status") or {}
     if (spec.get("runPolicy") or {}).get("managedBy", MANAGER) != MANAGER:
         return None
     conditions = {c["type"]: c for c in status.get("conditions") or ()}
     state = status.get("state") or "Pending"
-    per_worker = (spec.get("distribution") or {}).get("gpusPerWorker", 1)
+    state = state if state in STATES else OTHER
+    per_worker = int((spec.get("distribution") or {}).get("gpusPerWorker") or 1)
     attempts = status.get("attempts") or ()
     runs = tuple(_run(attempt, per_worker) for attempt in attempts)
     version = meta.get("resourceVersion", "")
@@ -129,14 +142,14 @@ def read(raw: Object) -> Sight | None:
         created=created,
         state=state,
         reason=_reason(state, conditions),
-        profile=(attempts[-1].get("profile") if attempts else None) or spec.get("profile") or "",
-        gpus=(spec.get("distribution") or {}).get("workers", 1) * per_worker,
+        profile=str((attempts[-1].get("profile") if attempts else None) or spec.get("profile") or ""),
+        gpus=int((spec.get("distribution") or {}).get("workers") or 1) * per_worker,
         since=_since(state, created, status, conditions),
         runs=runs,
         training=_training(status.get("trainerStatus")),
         checkpoint=_seconds((status.get("checkpoint") or {}).get("time")),
         completed=_seconds(status.get("completionTime")),
-        published_bytes=(status.get("result") or {}).get("sizeBytes", 0),
+        published_bytes=int((status.get("result") or {}).get("sizeBytes") or 0),
     )
 
 
@@ -153,11 +166,11 @@ def moved(raw: Object) -> Moved | None:
 
 def _run(attempt: Object, per_worker: int) -> Run:
     return Run(
-        number=attempt["number"],
-        gpus=attempt.get("gpus") or (attempt.get("workers") or 0) * per_worker,
+        number=int(attempt["number"]),
+        gpus=int(attempt.get("gpus") or (attempt.get("workers") or 0) * per_worker),
         started=_seconds(attempt.get("startTime")),
         ended=_seconds(attempt.get("completionTime")),
-        outcome=attempt.get("outcome"),
+        outcome=_outcome(attempt.get("outcome")),
         reason=_known(attempt.get("reason")),
     )
 
@@ -165,17 +178,21 @@ def _run(attempt: Object, per_worker: int) -> Run:
 def _training(told: Object | None) -> Training | None:
     if not told:
         return None
-    progress = told.get("progressPercentage")
+    progress, remaining = told.get("progressPercentage"), told.get("estimatedRemainingSeconds")
     return Training(
-        attempt=told.get("attempt"),
+        attempt=_count(told.get("attempt")),
         phase=told.get("phase") or "",
-        step=told.get("step"),
-        total_steps=told.get("totalSteps"),
-        progress=None if progress is None else progress / 100,
-        remaining_seconds=told.get("estimatedRemainingSeconds"),
+        step=_count(told.get("step")),
+        total_steps=_count(told.get("totalSteps")),
+        progress=None if progress is None else float(progress) / 100,
+        remaining_seconds=None if remaining is None else float(remaining),
         reported=_seconds(told.get("lastUpdatedTime")),
         metrics=dict(_figures(told)),
     )
+
+
+def _count(value: Any) -> int | None:
+    return None if value is None else int(value)
 
 
 def _figures(told: Object) -> list[tuple[str, float]]:
@@ -199,6 +216,10 @@ def _reason(state: str, conditions: Mapping[str, Object]) -> str:
         if condition and (condition["status"] == "True") == (kind == "Failed") and (why := _known(condition["reason"])):
             return why
     return ""
+
+
+def _outcome(outcome: str | None) -> str | None:
+    return outcome if outcome is None or outcome in _OUTCOMES else OTHER
 
 
 def _known(reason: str | None) -> str:

@@ -12,9 +12,10 @@ import pytest
 import yaml
 
 from finetune_api.failures import Outcome, Reason
-from finetune_operator.jobmetrics import DIRECTIONS, STATES
+from finetune_operator.jobmetrics import DIRECTIONS
 from finetune_operator.ledger import STARTUP
 from finetune_operator.metrics import WATCHED, Metrics
+from finetune_operator.sight import STATES
 from support.scraped import BORN, everything
 
 ROOT = Path(__file__).parents[2]

@@ -1,5 +1,11 @@
 """What Prometheus is told of jobs: what is counted, when series go, and how many there can be."""
 
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from finetune_api.budget import Account
 from finetune_api.failures import TerminationMessage
 from finetune_operator.jobmetrics import ACCOUNTS, DIRECTIONS
@@ -267,3 +273,59 @@ def test_of_many_budgets_those_are_told_of_which_most_is_spent() -> None:
     assert board.series("budget_") == 3 * ACCOUNTS
     board.metrics.accounts = list
     assert board.series("budget_") == 0
+
+
+ODD: list[Object] = [
+    {"state": "Running", "attempts": [{"job": "no number"}]},
+    {"state": "Running", "attempts": [run(startTime="yesterday")]},
+    {"state": "Running", "attempts": [run(gpus="many", startTime=at(1))]},
+    {"state": "Complete", "completionTime": "0000-00-00T00:00:00Z"},
+    {"state": "Failed", "conditions": [{"status": "True"}]},
+    {"state": "Running", "trainerStatus": {"metrics": [{"name": "loss"}]}},
+    {"state": "Running", "trainerStatus": "fine"},
+    {"state": ["Running"]},
+]
+
+
+@pytest.mark.parametrize("status", ODD)
+def test_a_status_of_somebody_elses_making_is_not_counted_and_disturbs_nobody(status: Object) -> None:
+    board = Board()
+    odd = Told("odd").raw("Running", 1, {})
+    odd["status"] = status
+    board.metrics.note(odd)
+    board.tell(Told("fine"), "Running", attempts=[run(started=1)])
+    assert board.value("jobs", state="Running", reason="") == 1
+
+
+def test_words_that_are_not_ours_become_one_label() -> None:
+    board = Board()
+    before = board.series()
+    for number in range(100):
+        ended = run(started=1, ended=2, outcome=f"Outcome{number}", reason=f"Reason{number}")
+        conditions = [{"type": "Running", "status": "False", "reason": f"Reason{number}", "message": ""}]
+        board.tell(Told(f"j-{number}"), f"State{number}", attempts=[ended], conditions=conditions)
+    assert board.value("jobs", state="other", reason="") == 100
+    assert board.value("attempts_ended_total", outcome="other", reason="") == 100
+    assert board.series() - before < 20
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(["state", "attempts", "trainerStatus", "conditions", "number", "startTime", "metrics"]),
+                inner,
+                max_size=4,
+            )
+        ),
+    )
+)
+def test_no_status_ends_the_look_at_everybodys(status: Any) -> None:
+    raw = Told().raw("Running", 1, {})
+    raw["status"] = status
+    board = Board()
+    board.metrics.note(raw)
+    board.tell(Told("fine"), "Running")
+    assert board.value("jobs", state="Running", reason="") is not None
