@@ -11,7 +11,7 @@ import yaml
 
 from support.admitting import REGISTRATION, tenant
 from support.api import Api, Object
-from support.charting import CHART, LOADER
+from support.charting import CHART, LOADER, ROOT, render
 from support.clusters import running
 from support.installing import NAMESPACE, RELEASE, Release
 from support.manifests import job_manifest
@@ -154,8 +154,27 @@ async def test_a_job_outlives_upgrades_and_the_release_itself(release: Release, 
 
 def test_the_authority_and_what_tenants_made_are_not_the_releases() -> None:
     """What Helm would delete: nothing that a running job needs."""
-    from support.charting import render
-
     kinds = {manifest["kind"] for manifest in render()}
     assert kinds.isdisjoint({"Secret", "CustomResourceDefinition", "FineTuneJob", "Namespace"})
     assert NAMESPACE not in {m["metadata"]["name"] for m in render()}
+
+
+PLURALS = {"NetworkPolicy": "networkpolicies", "ValidatingAdmissionPolicy": "validatingadmissionpolicies"}
+
+
+async def test_an_api_server_takes_every_manifest_strictly(api: Api) -> None:
+    """Those of the plain YAML, and those that are behind values; nothing of it is kept."""
+    await api.create("/api/v1/namespaces", {"metadata": {"name": NAMESPACE}})
+    behind = {"networkPolicy": {"enabled": True}, "metrics": {"dashboards": {"enabled": True}}}
+    manifests = list(yaml.load_all((ROOT / "deploy/operator.yaml").read_text(), LOADER)) + render(behind)
+    wrong = {}
+    for manifest in manifests:
+        api_version, kind, meta = manifest["apiVersion"], manifest["kind"], manifest["metadata"]
+        base = f"/apis/{api_version}" if "/" in api_version else f"/api/{api_version}"
+        scope = f"/namespaces/{meta['namespace']}" if "namespace" in meta else ""
+        path = f"{base}{scope}/{PLURALS.get(kind, kind.lower() + 's')}/{meta['name']}"
+        options = {"fieldManager": "test", "fieldValidation": "Strict", "dryRun": "All", "force": "true"}
+        answer = await api.patch(path, manifest, "apply", **options)
+        if answer.status not in (200, 201):
+            wrong[f"{kind}/{meta['name']}"] = answer.body
+    assert wrong == {}
