@@ -214,8 +214,8 @@ class Store:
         return (place[0], entry) if place and entry else None
 
     def put(self, resource: str, obj: Obj) -> Entry:
-        """Stores a new version (the caller gives `obj` away) and stamps its resourceVersion. Raises ApiError 500 where it
-        is larger than what etcd takes."""
+        """Stores a new version (the caller gives `obj` away) and stamps its resourceVersion. Raises ApiError 500 where
+        it is larger than what etcd takes."""
         table = self.tables[resource]
         entry = self._version(table, obj)
         if len(entry.raw) > MAX_OBJECT:

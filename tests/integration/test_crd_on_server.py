@@ -45,7 +45,9 @@ GOOD: dict[str, dict[str, Any]] = {
     "passages that are never dropped": {
         "datasets": [{"name": "a", "uri": "s3://data/a", "columns": {"context": "found"}, "retrieval": {}}]
     },
-    "a template": {"datasets": [{"name": "a", "uri": "s3://data/a", "template": "{% if b %}{{ b }}{% endif %} {{ c }}"}]},
+    "a template": {
+        "datasets": [{"name": "a", "uri": "s3://data/a", "template": "{% if b %}{{ b }}{% endif %} {{ c }}"}]
+    },
     "a reward": {
         "method": {"type": "GRPO", "grpo": {"rewards": [{"name": "a", "expression": "words(completion) < 100"}]}}
     },

@@ -188,6 +188,7 @@ class Prometheus:
 
     async def get(self, path: str, **query: str) -> Any:
         async with self._session.get(f"{self._url}/api/v1/{path}", params=query) as answer:
+            assert answer.status != 503, "not ready yet"
             body = await answer.json()
         assert body["status"] == "success", f"{query}: {body.get('error')}"
         return body["data"]
