@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -79,3 +80,15 @@ def test_a_linter_finds_nothing_in_the_images_recipes(file: str) -> None:
     linter = Path(sys.executable).parent / "hadolint"
     done = subprocess.run([linter, ROOT / file], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_the_operator_runs_without_what_its_image_leaves_out() -> None:
+    recipe = (ROOT / "operator/Dockerfile").read_text()
+    gone = [name for line in re.findall(r"pip uninstall -y ([^\\\n]+)", recipe) for name in line.split()]
+    assert {"boto3", "rich", "pip"} <= set(gone)
+    modules = {name: name.replace("markdown-it-py", "markdown_it") for name in gone}
+    # None in sys.modules: an import of it fails.
+    program = f"import sys; sys.modules.update(dict.fromkeys({sorted(modules.values())}))\n"
+    program += "import finetune_operator.__main__, finetune_operator.certificates\n"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
