@@ -21,13 +21,15 @@ import pytest
 import yaml
 
 from finetune_operator.metrics import Metrics
-from finetune_operator.scrape import MetricsServer
+from finetune_operator.scrape import Access, MetricsServer
+from finetune_operator.serving import Listening
 from support.scraped import BORN, everything
 from support.waiting import eventually
 
 pytestmark = pytest.mark.integration
 FILES = Path(__file__).parents[2] / "charts/finetune-operator/files"
 RULES = FILES / "alerts.yaml"
+NAME, TOKEN = "ft-progress.finetune-system.svc", "scraper"
 MINUTES = 150
 RISING = f"0+60x{MINUTES}"
 """A timestamp that is always now."""
@@ -181,7 +183,8 @@ def test_alerts_fire_when_they_should_and_only_then(tmp_path: Path) -> None:
 
 
 class Prometheus:
-    """A real one that scrapes a port of this machine each second."""
+    """A real one that scrapes a port of this machine each second: as the chart's ServiceMonitor says, over TLS by the
+    certificate's name, with a token."""
 
     def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
         self._session, self._url = session, url
@@ -201,6 +204,9 @@ class Prometheus:
     async def running(cls, folder: Path, target: int) -> AsyncIterator["Prometheus"]:
         scrape = {
             "job_name": "operator",
+            "scheme": "https",
+            "tls_config": {"ca_file": str(folder / "ca.crt"), "server_name": NAME},
+            "authorization": {"credentials": TOKEN},
             "static_configs": [{"targets": [f"127.0.0.1:{target}"], "labels": {"pod": "a"}}],
         }
         config = {
@@ -238,12 +244,23 @@ class Prometheus:
         return await eventually(found, "listening Prometheus", timeout=60)
 
 
+class OneToken:
+    """The API server's answers, where one token is known."""
+
+    async def authenticate(self, token: str) -> dict[str, Any] | None:
+        return {"username": "prometheus"} if token == TOKEN else None
+
+    async def may_get(self, user: Mapping[str, Any], url: str) -> bool:
+        return True
+
+
 @pytest.fixture
 async def metrics(tmp_path: Path) -> AsyncIterator[tuple[Metrics, Prometheus]]:
     begun = time.time()
     told = Metrics(clock=lambda: BORN + 100 + time.time() - begun)
+    listening = Listening(tmp_path, (NAME,), "127.0.0.1", 0, 64, connection_seconds=30.0)
     async with (
-        MetricsServer(told, "127.0.0.1") as server,
+        MetricsServer(told, access=Access(OneToken()), listening=listening) as server,
         Prometheus.running(tmp_path, server.port) as prometheus,
     ):
         yield told, prometheus
