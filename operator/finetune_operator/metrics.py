@@ -9,11 +9,13 @@ from prometheus_client import (
     Gauge,
     GCCollector,
     Histogram,
+    Info,
     PlatformCollector,
     ProcessCollector,
 )
 
 from finetune_operator.jobmetrics import PREFIX, JobMetrics
+from finetune_operator.settings import operator_version
 from finetune_operator.sight import OTHER
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -48,6 +50,7 @@ class Metrics:
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
         GCCollector(registry=registry)
+        Info(PREFIX + "build", "Which operator this is.", registry=registry).info({"version": operator_version()})
         self._reconciles = Counter(PREFIX + "reconciles", "Reconciles by result.", ["result"], registry=registry)
         self._reconcile_seconds = Histogram(
             PREFIX + "reconcile_seconds", "Duration of a reconcile.", registry=registry, buckets=_SECONDS

@@ -180,7 +180,7 @@ def test_the_docs_list_every_metric_with_its_labels() -> None:
     everything(metrics)
     told: dict[str, set[str]] = {}
     for family in metrics.registry.collect():
-        name = family.name + ("_total" if family.type == "counter" else "")
+        name = family.name + {"counter": "_total", "info": "_info"}.get(family.type, "")
         if name.startswith("finetune_operator_"):
             labels = set[str]().union(*(sample.labels for sample in family.samples))
             told[name.removeprefix("finetune_operator_")] = labels - {"le"}
