@@ -30,6 +30,7 @@ ANYTHING = {
     "a scraper's Secret": {
         "metrics": {"podMonitor": {"enabled": True, "bearerTokenSecret": {"name": "prometheus", "key": "token"}}}
     },
+    "signing": {"signing": {"existingSecret": "key"}},
     "five": {"replicas": 5, "podDisruptionBudget": {"minAvailable": 4}},
     "no budget": {"podDisruptionBudget": {"enabled": False}},
 }
