@@ -103,8 +103,12 @@ class TrainingResult(ApiModel):
 
 
 class TerminationMessage(ApiModel):
-    """The one JSON object in a container's termination message; Kubernetes keeps 4,096 bytes of it."""
+    """The one JSON object in a container's termination message; Kubernetes keeps 4,096 bytes of it.
 
+    A profile's image may be newer than the operator: what it says beyond this is ignored, not the whole of it.
+    """
+
+    model_config = ApiModel.model_config | {"extra": "ignore"}
     reason: Reason | None = None
     """None where the program did what it was asked to."""
     message: Annotated[str, Field(max_length=2048)] = ""

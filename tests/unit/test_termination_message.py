@@ -76,3 +76,9 @@ def test_what_prepare_tells_is_cut_too() -> None:
     assert read
     assert read.prepared
     assert read.prepared.index_uri == long
+
+
+def test_of_a_newer_trainer_what_is_known_is_read() -> None:
+    read = TerminationMessage.decode('{"reason": "Hung", "message": "rank 3", "rank": 3, "powerUsed": 12}')
+    assert read
+    assert (read.reason, read.rank) == (Reason.HUNG, 3)
