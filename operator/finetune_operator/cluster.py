@@ -22,6 +22,8 @@ from kubernetes.aio.config.incluster_config import load_incluster_config
 from kubernetes.aio.config.kube_config import load_kube_config
 
 from finetune_api import API_VERSION
+from finetune_operator.kueue import GROUP as KUEUE
+from finetune_operator.kueue import JOB_UID
 from finetune_operator.manifests import JOB_LABEL, MANAGED_BY
 
 Object = dict[str, Any]
@@ -127,6 +129,9 @@ class Cluster(Protocol):
 
     async def patch_profile_status(self, name: str, patch: Object) -> bool:
         """One merge patch of a FineTuneProfile's status. False: it is gone."""
+
+    async def list_workloads(self, namespace: str, job_uid: str) -> list[Object] | None:
+        """What Kueue made of a Job; None: the server knows no such kind."""
 
     async def post_event(self, event: Object) -> None:
         """Creates an Event, or counts up the one of the same name."""
@@ -248,6 +253,19 @@ class KubeCluster:
         path = _path("FineTuneProfile", None, name) + "/status"
         call = self._call("PATCH", path, {"fieldManager": FIELD_MANAGER}, {"status": patch})
         return await self._unless_gone(call) is not None
+
+    async def list_workloads(self, namespace: str, job_uid: str) -> list[Object] | None:
+        try:
+            # Kueue's versions come and go, and what is read of a Workload is the same in all of them.
+            group = await self._call("GET", f"/apis/{KUEUE}")
+            path = f"/apis/{group['preferredVersion']['groupVersion']}/namespaces/{namespace}/workloads"
+            return [
+                item async for page in self._pages(path, {"labelSelector": f"{JOB_UID}={job_uid}"}) for item in page
+            ]
+        except ApiError as error:
+            if error.status == 404:
+                return None
+            raise
 
     async def post_event(self, event: Object) -> None:
         namespace, name = event["metadata"]["namespace"], event["metadata"]["name"]

@@ -101,8 +101,8 @@ class Child:
     profile: str | None = None
     """The profile that it was made under."""
     profile_generation: int | None = None
-    queued: bool = False
-    """It was handed to a queue, which admits it."""
+    queue: str | None = None
+    """The one that it was handed to, which admits it."""
     gpus: int | None = None
     """Of all its pods; CPU processes where the profile has none."""
     snapshot: Snapshot | None = None
@@ -115,6 +115,8 @@ class Observed:
 
     jobs: tuple[Child, ...] = ()
     pods: tuple[Pod, ...] = ()
+    queue: str | None = None
+    """What its queue says of the gang that waits there; None: it was not asked."""
 
     @property
     def prepare(self) -> Child | None:
@@ -123,6 +125,13 @@ class Observed:
     @property
     def gangs(self) -> tuple[Child, ...]:
         return tuple(job for job in self.jobs if job.attempt is not None)
+
+    @property
+    def waiting(self) -> Child | None:
+        """The gang that a queue has not admitted."""
+        return next(
+            (job for job in self.gangs if job.queue and job.suspended and not (job.finished or job.deleting)), None
+        )
 
     @property
     def snapshot(self) -> Snapshot | None:
@@ -210,7 +219,7 @@ def read_job(raw: Object) -> Child:
         selective=_refuses_nodes(spec),
         profile=notes.get(PROFILE),
         profile_generation=_count(notes.get(PROFILE_GENERATION)),
-        queued=QUEUE_LABEL in meta["labels"],
+        queue=meta["labels"].get(QUEUE_LABEL),
         gpus=_count(notes.get(GPUS)),
         snapshot=Snapshot.decode(notes[snapshot.ANNOTATION]) if snapshot.ANNOTATION in notes else None,
     )

@@ -89,7 +89,7 @@ def _held(situation: Situation, step: Step) -> Claim | None:
     if last is None or last.outcome is not None or not last.profile:
         return None
     child = next((child for child in situation.observed.gangs if child.attempt == last.number), None)
-    if child is None or child.queued:
+    if child is None or child.queue:
         return None
     subject = situation.subject
     return Claim(

@@ -5,13 +5,15 @@ import hashlib
 import logging
 from asyncio import gather
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from finetune_api import API_VERSION
 from finetune_operator.accept import Subject
 from finetune_operator.cluster import FIELD_MANAGER, ApiError, Cluster, Object
+from finetune_operator.kueue import told
 from finetune_operator.manifests import Context, child_name
-from finetune_operator.observe import Census, Observed, controller_uid, observe
+from finetune_operator.observe import Census, Child, Observed, controller_uid, observe
 from finetune_operator.plan import Plan, collision, plan, with_uids
 from finetune_operator.profiles import Profiles
 from finetune_operator.status import Note, finished, patch
@@ -192,7 +194,19 @@ async def _observe(
     recorded = {attempt.number for attempt in subject.status.attempts if attempt.outcome}
     if child := observed.unexplained(recorded, now):
         raise NotYet(f"Job {child.name} has ended, and none of its pods")
-    return observed
+    return replace(observed, queue=await _of_queue(cluster, subject, observed.waiting))
+
+
+async def _of_queue(cluster: Cluster, subject: Subject, waiting: Child | None) -> str | None:
+    if waiting is None:
+        return None
+    try:
+        return told(await cluster.list_workloads(subject.namespace, waiting.uid))
+    except ApiError as error:
+        if error.status != 403:
+            raise
+        # An operator without this right says so, and goes on: the queue does its work all the same.
+        return f"its Workload cannot be read: {error}"
 
 
 async def _create(cluster: Cluster, subject: Subject, manifest: Object) -> tuple[Object, bool]:

@@ -17,6 +17,11 @@ from finetune_operator.situation import LOOK_AGAIN, Situation, Step, with_troubl
 from finetune_operator.snapshot import Snapshot
 from finetune_operator.status import Decision
 
+ASK_QUEUE_FIRST = datetime.timedelta(seconds=5)
+"""How long a gang waits in a queue before that is asked why."""
+ASK_QUEUE = datetime.timedelta(seconds=60)
+"""How often a queue is asked why a gang waits: no watch tells. That it is admitted, its Job tells at once."""
+
 
 def start(situation: Situation, job: FineTuneJob, profile: FineTuneProfile, prepared: PreparedSummary) -> Step:
     """The data is ready and no gang runs: may the next attempt begin?"""
@@ -71,8 +76,9 @@ def start(situation: Situation, job: FineTuneJob, profile: FineTuneProfile, prep
         job, profile, situation.context, number, prepared, found.sizings, workers=workers, affinity=affinity
     )
     grace = _grace_of(Snapshot.of(profile), situation.now)
-    taken = claim and claim._replace(holds=True, served=situation.now)
-    step = Step(decision, objects, (grace if affinity and strictly else None,), claim=taken)
+    asked = situation.now + ASK_QUEUE_FIRST if _queue(job) else None
+    looks = (grace if affinity and strictly else None, asked)
+    step = Step(decision, objects, looks, claim=claim and claim._replace(holds=True, served=situation.now))
     return within_pre_running(situation, job, waited.since if waited and not overdue else situation.now, step)
 
 
@@ -143,7 +149,10 @@ def run(
         decision = Decision("Running", situation.with_warning(attempt, text))
         return Step(situation.stand(decision), due=(deadline, *lost))
     if child.suspended:
-        step = Step(situation.stand(Decision("Queued", _start_text(job, attempt))))
+        text, look = _start_text(job, attempt), (attempt.creation_time or child.created) + ASK_QUEUE_FIRST
+        if situation.now >= look:
+            text, look = _queue_text(situation, text), situation.now + ASK_QUEUE
+        step = Step(situation.stand(Decision("Queued", text)), due=(look,))
     else:
         text = f"attempt {attempt.number} starts {_workers(job, child.workers)}"
         step = with_trouble(situation, pods, "Starting", text)
@@ -208,6 +217,14 @@ def _start_text(job: FineTuneJob, attempt: Attempt) -> str:
     if queue := _queue(job):
         return f"attempt {attempt.number} waits for queue {queue}"
     return f"attempt {attempt.number} starts {_workers(job, attempt.workers or job.spec.distribution.workers)}"
+
+
+def _queue_text(situation: Situation, text: str) -> str:
+    """With what the queue says; where it was not asked, with what it said the last time."""
+    said, before = situation.observed.queue, situation.subject.status.message or ""
+    if said is None:
+        return before if before.startswith(f"{text}: ") else text
+    return f"{text}: {said}"
 
 
 def _workers(job: FineTuneJob, count: int) -> str:

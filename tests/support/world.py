@@ -116,6 +116,8 @@ class World:
     writes: int = 0
     crash_after: int | None = None
     line: Line = field(default_factory=Line)
+    workloads: list[Object] | None = field(default_factory=list)
+    """What Kueue made of its gang; None: there is no Kueue."""
     unreachable: tuple[str, ...] = ()
     """Kinds that cannot be read."""
     gone: bool = False
@@ -187,6 +189,9 @@ class World:
         if found is not None:
             found["status"] = merge(found.get("status"), patch)
         return found is not None
+
+    async def list_workloads(self, namespace: str, job_uid: str) -> list[Object] | None:
+        return self.workloads
 
     async def post_event(self, event: Object) -> None:
         self.events.append(event)
