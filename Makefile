@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: setup demo test test-unit verify generate lint faults matrix clean
+.PHONY: setup demo test test-unit verify generate lint lock sbom faults matrix clean
 .PHONY: bench bench-operator bench-trainer bench-prepare bench-sizing bench-recovery
 
 setup: $(STAMP)
@@ -46,6 +46,13 @@ verify: lint generate
 	@test -z "$$(git status --porcelain -- crds charts deploy README.md)" || \
 	  { git diff -- crds charts deploy README.md; git status --short -- crds charts deploy README.md; \
 	    echo "generated files differ from their sources: run make generate and commit what it writes" >&2; exit 1; }
+
+# What the images install, with hashes: after a change of constraints.txt.
+lock: setup
+	$(BIN)/python tools/lock.py
+
+sbom: setup
+	$(BIN)/python tools/lock.py --sbom dist
 
 # Every case instead of the sample of `make test`; `make faults ONLY=tests/faults/test_api_verbs.py` runs a part again.
 faults: setup
