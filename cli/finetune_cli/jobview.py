@@ -10,6 +10,8 @@ from typing import Any
 
 Object = Mapping[str, Any]
 FINISHED = ("Complete", "Failed")
+DEFAULT = "(default)"
+"""Of what a user has not said: the profile's, or the API's."""
 
 
 @dataclass(frozen=True)
@@ -156,9 +158,9 @@ def describe(job: Object, now: datetime) -> list[str]:
             [
                 ["Base model", (spec.get("baseModel") or {}).get("uri")],
                 ["Datasets", ", ".join(d.get("uri", "") for d in spec.get("datasets") or ())],
-                ["Method", f"{(spec.get('method') or {}).get('type')} / {(spec.get('tuning') or {}).get('type')}"],
-                ["Workers", f"{distribution.get('workers')} x {distribution.get('gpusPerWorker')}"],
-                ["Profile", spec.get("profile") or "(default)"],
+                ["Method", " / ".join((spec.get(part) or {}).get("type") or DEFAULT for part in ("method", "tuning"))],
+                ["Workers", " x ".join(str(distribution.get(part, DEFAULT)) for part in ("workers", "gpusPerWorker"))],
+                ["Profile", spec.get("profile") or DEFAULT],
                 ["Age", age(job, now)],
             ]
         ),

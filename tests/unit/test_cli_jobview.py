@@ -128,3 +128,11 @@ def test_a_job_that_failed_at_a_gate_shows_why_and_what_it_published() -> None:
     )
     assert "Adapter          s3://out/bot/uid/" in lines
     assert "evalLoss         2.5" in lines
+
+
+def test_what_a_user_left_out_is_told_as_such() -> None:
+    raw = job()
+    raw["spec"] = {"baseModel": {"uri": "s3://models/small/"}, "datasets": [], "distribution": {"workers": 2}}
+    lines = "\n".join(jobview.describe(raw, NOW))
+    assert "(default) / (default)" in lines
+    assert "2 x (default)" in lines
