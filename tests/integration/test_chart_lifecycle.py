@@ -21,7 +21,7 @@ from support.waiting import eventually
 if TYPE_CHECKING:
     from finetune_sandbox.up import Sandbox
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 CRDS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
 PROFILE = {"image": "example.com/trainer@sha256:" + "0" * 64, "serviceAccounts": ["tuner"]}
 RIGHTS = [
@@ -102,10 +102,15 @@ async def test_a_job_outlives_upgrades_and_the_release_itself(release: Release, 
 
     # Everything that was installed has a part in this.
     answer = await eventually(
-        lambda: create(job("j", "theirs"), dryRun="All"), "a refusal", until=lambda a: "may name only" in str(a.body)
+        lambda: create(job("j", "theirs"), dryRun="All"),
+        "a refusal",
+        until=lambda a: "may name only" in str(a.body),
+        timeout=30,
     )
     assert "spec.credentials.secretRef.name: found" in answer.refused(403, "Forbidden")
-    await eventually(lambda: create(job("j"), dryRun="All"), "a webhook that answers", until=lambda a: a.status == 201)
+    await eventually(
+        lambda: create(job("j"), dryRun="All"), "a webhook that answers", until=lambda a: a.status == 201, timeout=30
+    )
     (await create(job("j"))).must(201)
     await scene.prepared()
     await scene.run("j-0")
@@ -124,7 +129,7 @@ async def test_a_job_outlives_upgrades_and_the_release_itself(release: Release, 
     wide = job("wide")
     wide["spec"] |= {"distribution": {"workers": 2, "minWorkers": 1}, "runPolicy": {"preRunningDeadlineSeconds": 60}}
     answer = await eventually(
-        lambda: create(wide, dryRun="All"), "the new webhook", until=lambda a: a.status == 201, timeout=20
+        lambda: create(wide, dryRun="All"), "the new webhook", until=lambda a: a.status == 201, timeout=30
     )
     assert answer.body["spec"]["distribution"]["minWorkers"] == 1
     # What the upgrade put into the webhook's configuration did not take its authority away.
@@ -148,7 +153,9 @@ async def test_a_job_outlives_upgrades_and_the_release_itself(release: Release, 
     status = await scene.status()
     assert [(a["uid"], a["outcome"]) for a in status["attempts"]] == [(was["attempt"], "Succeeded")]
     assert (await release.secret())["ca.crt"] == authority
-    await eventually(lambda: create(job("k"), dryRun="All"), "a webhook that answers", until=lambda a: a.status == 201)
+    await eventually(
+        lambda: create(job("k"), dryRun="All"), "a webhook that answers", until=lambda a: a.status == 201, timeout=30
+    )
     (await api.delete(scene.job_path(), token=token)).must(200)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import aiohttp
 import yaml
 from helm_python.config import Config
 
@@ -34,6 +35,17 @@ class Replica:
 
     process: asyncio.subprocess.Process
     log: Path
+    health: int
+    """The port of its probes."""
+
+    async def ready(self) -> bool:
+        """As its readiness probe sees it."""
+        assert self.process.returncode is None, self.log.read_text()[-3000:]
+        try:
+            async with aiohttp.request("GET", f"http://127.0.0.1:{self.health}/healthz") as answer:
+                return answer.status == 200
+        except aiohttp.ClientError:
+            return False
 
     async def stop(self) -> None:
         if self.process.returncode is None:
@@ -118,6 +130,8 @@ class Release:
         for replica in old[:1]:
             await replica.stop()
         self.replicas.insert(0, await self._start(pod, 0, self.webhook_port))
+        for replica in self.replicas:
+            await eventually(replica.ready, "a replica that is ready", timeout=60)
 
     async def stop(self) -> None:
         for replica in self.replicas:
@@ -153,7 +167,7 @@ class Release:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, *container["command"][1:], env=environment, stdout=output, stderr=output
             )
-        return Replica(process, log)
+        return Replica(process, log, health)
 
     async def _environment(self, account: str, own: Mapping[str, str]) -> dict[str, str]:
         kubeconfig = yaml.safe_load(self.cluster.kubeconfig.read_text())
