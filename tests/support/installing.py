@@ -88,7 +88,7 @@ class Release:
 
     async def certificates(self) -> None:
         """The release's newest Job of certificates ends as its program does."""
-        pod = await eventually(self._waiting_pod, "a pod of the certificates' Job")
+        pod = await eventually(self._waiting_pod, "a pod of the certificates' Job", timeout=30)
         (container,) = pod["spec"]["containers"]
         account = pod["spec"]["serviceAccountName"]
         command = [sys.executable, *container["command"][1:], *container["args"]]
