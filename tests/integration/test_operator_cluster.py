@@ -7,9 +7,11 @@ import pytest
 from kubernetes.aio.client.configuration import Configuration
 from kubernetes.aio.config.kube_config import load_kube_config
 
+from finetune_api.profile import FineTuneProfileSpec
 from finetune_operator import cluster as client
 from finetune_operator.accept import Subject
 from finetune_operator.cluster import ApiError, KubeCluster
+from finetune_operator.network import policy
 from finetune_operator.reconcile import event, utc_now
 from finetune_operator.status import Note
 from support.api import Api, Object
@@ -50,6 +52,25 @@ async def test_what_exists_is_not_created_again(kube: KubeCluster, namespace: st
         await kube.create(config_map(namespace, "a"))
     assert caught.value.reason == "AlreadyExists"
     assert await kube.get("ConfigMap", namespace, "nobody") is None
+
+
+async def test_a_network_policy_is_kept_as_it_was_written(kube: KubeCluster, namespace: str) -> None:
+    """Otherwise one that is found there would always be out of date."""
+    egress = [
+        {"cidr": "10.0.0.0/8", "except": ["10.1.0.0/16"], "ports": [443]},
+        {"podNamespace": "proxy", "podLabels": {"app": "squid"}},
+        {"cidr": "fd00::/8", "ports": [53], "protocol": "UDP"},
+    ]
+    profiles: list[Object] = [{}, {"egress": egress}, {"storage": {"endpoint": "http://minio.storage.svc:9000"}}]
+    for number, spec in enumerate(profiles):
+        profile = FineTuneProfileSpec.model_validate({"image": "i@sha256:0", "networkPolicy": True, **spec})
+        labels = {"finetune.dev/job-name": "j", "finetune.dev/attempt": "0"}
+        meta = {"name": f"p-{number}", "namespace": namespace}
+        manifest = policy(meta, labels, profile, "https://ft-progress.finetune-system.svc:8443")
+        await kube.create(manifest)
+        found = await kube.get("NetworkPolicy", namespace, f"p-{number}")
+        assert found
+        assert found["spec"] == manifest["spec"]
 
 
 async def test_only_the_very_object_is_deleted(kube: KubeCluster, namespace: str) -> None:

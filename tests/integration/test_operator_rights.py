@@ -23,7 +23,7 @@ from support.reporting import STATUS, Post, Reporting, install_crds
 from support.rights import Recorder, Right
 from support.s3 import unused_port
 from support.waiting import eventually
-from support.world import make_profile
+from support.world import PREPARED, make_profile
 
 if TYPE_CHECKING:
     from finetune_sandbox.up import Sandbox
@@ -83,6 +83,27 @@ async def live(scene: Scene, progress: int) -> None:
         return (await scene.api.get(scene.job_path())).status == 404
 
     await eventually(gone, "the job to go", timeout=40)
+    async with rights.kueue(scene.api):
+        await queued(scene)
+
+
+async def queued(scene: Scene) -> None:
+    """A gang that waits for Kueue, whose Workload is looked at."""
+    job = manifest()
+    job["metadata"]["name"], job["spec"]["queue"] = "q", {"name": "team"}
+    (await scene.api.create(scene.job_path(""), job)).must(201)
+    await scene.reaches("Preparing", "q")
+    await scene.end("q-prepare", message=TerminationMessage(prepared=PREPARED))
+    await scene.reaches("Queued", "q")
+
+    async def looked() -> bool:
+        # Whoever touches the job is heard at once; else the queue is asked once a minute.
+        note = {"metadata": {"annotations": {"test/look": secrets.token_hex(4)}}}
+        (await scene.api.patch(scene.job_path("q"), note)).must(200)
+        assert isinstance(scene.proxy, Recorder)
+        return Right("kueue.x-k8s.io", "workloads", "list") in scene.proxy.used
+
+    await eventually(looked, "a look at the Workload", timeout=30, interval=0.5)
 
 
 def _lacks(name: str, jobs: list[str]) -> bool:

@@ -191,7 +191,6 @@ ESCAPES: tuple[Escape, ...] = (
     Escape("a spec larger than a ConfigMap", "Lookup", partial(stages_of, 6), "bytes"),
     # What the profile does not allow.
     Escape("foreign namespace's profile", "Lookup", spec(profile="other"), "metadata.namespace"),
-    Escape("profile that is not there", "Lookup", spec(profile="absent"), "absent"),
     Escape("ServiceAccount that is not listed", "Lookup",
            spec(credentials={"serviceAccountName": "cluster-admin"}), "spec.credentials.serviceAccountName"),
     Escape("more workers than the profile has", "Lookup",

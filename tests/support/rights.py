@@ -1,6 +1,7 @@
 """What the chart grants the operator, what an operator asks for, and a way to run one with nothing but the former."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ from aiohttp import web
 
 from support.api import Api
 from support.operating import Proxy
+from support.waiting import eventually
 
 Object = dict[str, Any]
 RBAC = "/apis/rbac.authorization.k8s.io/v1"
@@ -103,6 +105,39 @@ def _path(manifest: Object) -> str:
     namespace = manifest["metadata"].get("namespace")
     scope = f"/namespaces/{namespace}" if namespace and manifest["kind"] in ("Role", "RoleBinding") else ""
     return f"{RBAC}{scope}/{PLURALS[manifest['kind']]}"
+
+
+@asynccontextmanager
+async def kueue(api: Api) -> AsyncIterator[None]:
+    """An API server that knows Workloads; they are gone afterwards, where they were not known before."""
+    crds, name = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions", "workloads.kueue.x-k8s.io"
+    crd: Object = {
+        # The real API server asks for the annotation of such groups.
+        "metadata": {"name": name, "annotations": {"api-approved.kubernetes.io": "unapproved, a test's"}},
+        "spec": {
+            "group": "kueue.x-k8s.io",
+            "scope": "Namespaced",
+            "names": {"kind": "Workload", "listKind": "WorkloadList", "plural": "workloads", "singular": "workload"},
+            "versions": [
+                {
+                    "name": "v1beta1",
+                    "served": True,
+                    "storage": True,
+                    "schema": {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": True}},
+                }
+            ],
+        },
+    }
+    made = await api.create(crds, crd)
+    assert made.status in (201, 409), made.body
+    group = "/apis/kueue.x-k8s.io/v1beta1/workloads"
+    await eventually(lambda: api.get(group), "Workloads", until=lambda a: a.status == 200, timeout=30)
+    try:
+        yield
+    finally:
+        if made.status == 201:
+            await api.delete(f"{crds}/{name}")
+            await eventually(lambda: api.get("/apis/kueue.x-k8s.io"), "no Workloads", until=lambda a: a.status == 404)
 
 
 async def token_of(api: Api, namespace: str, account: str) -> str:
