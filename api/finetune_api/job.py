@@ -64,6 +64,8 @@ class Checkpoint(ApiModel):
     """Where scratch data goes; absent: output.uri."""
     interval: CheckpointInterval = CheckpointInterval()
     keep: Annotated[int, Field(ge=1, le=100)] = 2
+    when_complete: Literal["Delete", "Retain"] = "Delete"
+    """What becomes of checkpoints, tokenised data and stages' results once the output is published."""
 
 
 class Output(ApiModel):

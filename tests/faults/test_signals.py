@@ -70,6 +70,8 @@ def wrong(job: Job, blow: Blow, wanted: dict[str, torch.Tensor]) -> str:
         return f"published were {job.published}"
     if left := job.open_uploads():
         return f"uploads were left open: {left}"
+    if job.scratch() != {"data/data-report.json"}:
+        return f"the scratch prefix holds {job.scratch()}"
     found = job.adapter()
     if found.keys() != wanted.keys() or not all(torch.allclose(found[k], v, atol=1e-5) for k, v in wanted.items()):
         return "another adapter was learned"

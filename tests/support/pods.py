@@ -80,7 +80,7 @@ class Job:
         chosen: dict[str, Any] = {
             "training": {"maxSteps": 12, "learningRate": 0.005},
             "tuning": {"type": "LoRA", "lora": {"rank": 4, "alpha": 8, "dropout": 0.2}},
-            "checkpoint": {"interval": {"type": "Steps", "steps": 3}, "keep": 2},
+            "checkpoint": {"interval": {"type": "Steps", "steps": 3}, "keep": 2, "whenComplete": "Delete"},
         }
         gang = make_gang(
             directory, s3, model, bucket_prefix=prefix, workers=1, processes=2, micro_batch=8, **(chosen | spec)
@@ -97,6 +97,7 @@ class Job:
             self._put(self.gang.directory / "shards" / shard.key, f"{folder}/{shard.key}")
         data = index.model_dump_json(by_alias=True, exclude_none=True).encode()
         s3.put(config.prepared.index_uri, data)
+        s3.put(config.prepared.report_uri, b"{}")
         prepared = config.prepared.model_copy(update={"index_sha256": hashlib.sha256(data).hexdigest()})
         self.gang.config = config.model_copy(update={"prepared": prepared})
         return self
@@ -171,6 +172,12 @@ class Job:
         fetch_verified(Store(self.gang.config.storage), manifest, directory)
         found: dict[str, torch.Tensor] = load_file(directory / "adapter_model.safetensors")
         return found
+
+    def scratch(self) -> set[str]:
+        """What lies in the job's scratch prefix, as keys below it; without the registers."""
+        prefix = self.gang.config.scratch_uri.removeprefix("s3://bucket/")
+        keys = (key.removeprefix(prefix) for key in self.gang.s3.keys("bucket", prefix))
+        return {key for key in keys if not key.startswith("fence/")}
 
     def open_uploads(self) -> list[str]:
         found = self.gang.s3.client().list_multipart_uploads(Bucket="bucket").get("Uploads", [])
