@@ -53,7 +53,10 @@ def test_a_job_survives_what_happens_to_its_ranks(
         wanted = undisturbed.adapter()
         for number, blow in enumerate(ALL if whole else SAMPLE):
             job = Job.make(tmp_path / str(number), s3, model, f"blow-{number}", variables)
-            results[str(blow)] = job.run(blow) or wrong(job, blow, wanted)
+            try:
+                results[str(blow)] = job.run(blow) or wrong(job, blow, wanted)
+            except AssertionError as error:
+                results[str(blow)] = str(error)
     tally.count("signals to ranks", results)
 
 
