@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, StringConstraints
 
-from finetune_api.model import ApiModel, Label, Quantity, Rule, ShortText, Subdomain
+from finetune_api.model import ApiModel, Flag, Label, Quantity, Rule, ShortText, Subdomain
 from finetune_api.run import StorageConfig
 
 UriPrefix = Annotated[
@@ -94,7 +94,7 @@ class FineTuneProfileSpec(ApiModel):
     """ServiceAccounts that credentials.serviceAccountName may name."""
     storage: StorageConfig = StorageConfig()
     environment: Annotated[list[EnvVar], Field(max_length=64)] = []
-    network_policy: bool = False
+    network_policy: Flag = False
     defaults: Annotated[
         dict[str, Any] | None, Field(json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})
     ] = None
