@@ -8,7 +8,7 @@ from finetune_api.dataset import DataPolicy, Datasets, Holdout, Mixing
 from finetune_api.evaluation import Evaluation
 from finetune_api.jobstatus import FineTuneJobStatus
 from finetune_api.method import Method
-from finetune_api.model import ApiModel, ModelUri, Rule, S3Uri, ShortText, Subdomain
+from finetune_api.model import ApiModel, Flag, ModelUri, Rule, S3Uri, ShortText, Subdomain
 from finetune_api.stage import Stage
 from finetune_api.texts import Endpoint
 from finetune_api.training import Training
@@ -65,11 +65,13 @@ class Checkpoint(ApiModel):
     """Where scratch data goes; absent: output.uri."""
     interval: CheckpointInterval = CheckpointInterval()
     keep: Annotated[int, Field(ge=1, le=100)] = 2
+    when_complete: Literal["Delete", "Retain"] = "Delete"
+    """What becomes of checkpoints, tokenised data and stages' results once the output is published."""
 
 
 class Output(ApiModel):
     uri: S3Uri
-    merged: bool = False
+    merged: Flag = False
     """Publish the merged model too."""
 
 
@@ -117,11 +119,11 @@ class WandB(ApiModel):
 class Tracking(ApiModel):
     mlflow: MLflow | None = None
     wandb: WandB | None = None
-    tensorboard: bool = False
+    tensorboard: Flag = False
 
 
 class RunPolicy(ApiModel):
-    suspend: bool = False
+    suspend: Flag = False
     max_attempts: Annotated[int, Field(ge=1, le=100)] = 4
     active_deadline_seconds: Positive | None = None
     """Of running time; starts anew after a suspend."""

@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from finetune_api.model import ApiModel, Label, ModelUri
+from finetune_api.model import ApiModel, Flag, Label, ModelUri
 from finetune_api.texts import ExpressionText
 
 Coefficient = Annotated[float, Field(ge=0, le=10)]
@@ -20,7 +20,7 @@ class ModelRef(ApiModel):
 class SFT(ApiModel):
     loss: Literal["Completion", "Assistant", "All"] = "Completion"
     """What is learned: completions and the last assistant turn, every assistant turn, or every token."""
-    packing: bool = False
+    packing: Flag = False
     """Put several examples in one row; none attends to another."""
 
 

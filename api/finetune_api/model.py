@@ -10,6 +10,7 @@ from pydantic import (
     ConfigDict,
     Field,
     GetJsonSchemaHandler,
+    Strict,
     StringConstraints,
     ValidationError,
     model_validator,
@@ -67,6 +68,15 @@ class ApiModel(BaseModel):
     def all_rules(cls) -> tuple[Rule, ...]:
         """The rules as written, then one for each member of the union."""
         return cls.rules + tuple(_member_rule(member, cls.union) for member in dict.fromkeys(cls.union.values()))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _prune_nulls(cls, data: Any) -> Any:
+        """`null` is as good as nothing, as for the API server, which prunes it before it fills in defaults."""
+        if not isinstance(data, dict):
+            return data
+        known = {name for field, info in cls.model_fields.items() for name in (field, info.alias)}
+        return {key: value for key, value in data.items() if value is not None or key not in known}
 
     @model_validator(mode="after")
     def _hold_rules(self) -> Self:
@@ -196,6 +206,8 @@ Label = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])
 """An RFC 1123 label."""
 Subdomain = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-.a-z0-9]*[a-z0-9])?$", max_length=253)]
 """An RFC 1123 subdomain: the name of a Secret, a ServiceAccount, a profile."""
+Flag = Annotated[bool, Strict()]
+"""The API server takes no `"yes"` for a boolean."""
 ShortText = Annotated[str, StringConstraints(max_length=253)]
 LongText = Annotated[str, StringConstraints(max_length=4096)]
 Quantity = Annotated[str, StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$", max_length=32)]

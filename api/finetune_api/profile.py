@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
-from finetune_api.model import NO_TRAVERSAL, ApiModel, Label, Quantity, Rule, ShortText, Subdomain, no_traversal
+from finetune_api.model import NO_TRAVERSAL, ApiModel, Flag, Label, Quantity, Rule, ShortText, Subdomain, no_traversal
 from finetune_api.run import StorageConfig
 
 UriPrefix = Annotated[
@@ -183,7 +183,7 @@ class FineTuneProfileSpec(ApiModel):
     """ServiceAccounts that credentials.serviceAccountName may name."""
     storage: StorageConfig = StorageConfig()
     environment: Annotated[list[EnvVar], Field(max_length=64)] = []
-    network_policy: bool = False
+    network_policy: Flag = False
     """Whether each attempt gets a NetworkPolicy: its pods reach each other, DNS, the progress server and what `egress`
     names. It takes a network plugin that enforces them."""
     egress: Annotated[list[Egress], Field(max_length=32)] = []

@@ -4,7 +4,7 @@ import datetime
 import hashlib
 import logging
 from asyncio import gather
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from finetune_operator.cluster import FIELD_MANAGER, ApiError, Cluster, Object
 from finetune_operator.kueue import told
 from finetune_operator.manifests import Context, child_name
 from finetune_operator.observe import Census, Child, Observed, controller_uid, observe
-from finetune_operator.plan import Plan, collision, plan, with_uids
+from finetune_operator.plan import Deletion, Plan, collision, plan, with_uids
 from finetune_operator.profiles import Profiles
 from finetune_operator.status import Note, finished, patch
 from finetune_operator.turns import Line
@@ -92,6 +92,11 @@ async def reconcile(
     if not decided.create and (left := await _jobs(cluster, subject, unrecorded)):
         observed = await _observe(cluster, subject, [*jobs, *left], prepare_pod, clock())
         decided = plan(subject, choice, observed, clock(), context, line)
+    if decided.delete and recorded is not None:
+        # What is deleted is gone for good, so another way to read must agree that it is to go.
+        jobs = await _jobs(cluster, subject, None)
+        observed = await _observe(cluster, subject, jobs, prepare_pod, clock())
+        decided = plan(subject, choice, observed, clock(), context, line)
     # Nothing was awaited since the line was asked, if a gang is to be created.
     line.note(key, decided.claim)
     lacking = _lacks_a_gang(subject, jobs) or len(jobs) < len(recorded or ())
@@ -145,9 +150,7 @@ async def _carry_out(
             # Whatever is to be deleted or told must be recorded first.
             raise NotYet("the job changed meanwhile")
         raw = written
-    for kind, name, uid, version in decided.delete:
-        if uid := uid or await _own(cluster, subject, kind, name):
-            await cluster.delete(kind, key[0], name, uid, version)
+    await _delete(cluster, subject, decided.delete)
     await _tell(cluster, subject, decided, clock())
     # What was there already may have come further than a new one, and was not looked at.
     return Result(0.0 if known else decided.requeue_after, decided.status.state, raw)
@@ -229,6 +232,31 @@ async def _create(cluster: Cluster, subject: Subject, manifest: Object) -> tuple
         await cluster.delete(kind, subject.namespace, name, found["metadata"]["uid"])
         raise NotYet(f"{kind} {name} is out of date")
     return {**found, "kind": kind}, True
+
+
+async def _delete(cluster: Cluster, subject: Subject, deletions: Iterable[Deletion]) -> None:
+    """Raises NotYet where a part of a gang is still there: once the gang's Job is gone, nobody looks for it."""
+    parts: list[Deletion] = []
+    for kind, name, uid, version in deletions:
+        if uid is None:
+            parts.append(Deletion(kind, name, uid))
+            uid = await _own(cluster, subject, kind, name)
+        elif parts:
+            # That something is not there has been said of what was: by a cache, or something else on the way.
+            if left := [part async for part in _left(cluster, subject, parts)]:
+                raise NotYet(f"{left[0].kind} {left[0].name} is still there")
+            parts = []
+        if uid is not None:
+            await cluster.delete(kind, subject.namespace, name, uid, version)
+
+
+async def _left(cluster: Cluster, subject: Subject, parts: Iterable[Deletion]) -> AsyncIterator[Deletion]:
+    """Those that a LIST still shows as the job's own."""
+    for part in parts:
+        for found in await cluster.list_children(part.kind, subject.namespace, subject.name):
+            own = found["metadata"]["name"] == part.name and controller_uid(found) == subject.uid
+            if own and "deletionTimestamp" not in found["metadata"]:
+                yield part
 
 
 async def _own(cluster: Cluster, subject: Subject, kind: str, name: str) -> str | None:

@@ -83,16 +83,14 @@ async def once(scene: Scene, kind: str, action: Callable[[], Awaitable[Any]], fi
     return lambda: asyncio.wait_for(happened, PATIENCE)
 
 
-@pytest.mark.parametrize(
-    "kind", ["create configmaps", "create jobs", "patch finetunejobs/status", "create services", "get pods"]
-)
+@pytest.mark.parametrize("kind", ["create configmaps", "create jobs", "patch finetunejobs/status", "create services"])
 async def test_a_job_is_replaced_by_one_of_its_name(theatre: "Theatre", kind: str) -> None:
     """Whatever was on its way for the first one does nothing to the second."""
     async with theatre.scene() as scene:
         swapped = await once(scene, kind, lambda: swap(scene))
         await scene.operator.start()
         await scene.submit(distribution={"workers": WORKERS})
-        if kind in ("create services", "get pods"):
+        if kind == "create services":
             await prepare(scene)
         uid = (await swapped())["metadata"]["uid"]
 

@@ -10,7 +10,7 @@ from support.playing import Case, Theatre
 if TYPE_CHECKING:
     from support.tally import Tally
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
 HOWS = get_args(get_type_hints(Broken)["how"])
 STORIES = ("retry", "resume", "ttl")
 FOR_EVER = 10_000

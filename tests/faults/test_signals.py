@@ -53,7 +53,10 @@ def test_a_job_survives_what_happens_to_its_ranks(
         wanted = undisturbed.adapter()
         for number, blow in enumerate(ALL if whole else SAMPLE):
             job = Job.make(tmp_path / str(number), s3, model, f"blow-{number}", variables)
-            results[str(blow)] = job.run(blow) or wrong(job, blow, wanted)
+            try:
+                results[str(blow)] = job.run(blow) or wrong(job, blow, wanted)
+            except AssertionError as error:
+                results[str(blow)] = str(error)
     tally.count("signals to ranks", results)
 
 
@@ -70,6 +73,8 @@ def wrong(job: Job, blow: Blow, wanted: dict[str, torch.Tensor]) -> str:
         return f"published were {job.published}"
     if left := job.open_uploads():
         return f"uploads were left open: {left}"
+    if job.scratch() != {"data/data-report.json"}:
+        return f"the scratch prefix holds {job.scratch()}"
     found = job.adapter()
     if found.keys() != wanted.keys() or not all(torch.allclose(found[k], v, atol=1e-5) for k, v in wanted.items()):
         return "another adapter was learned"

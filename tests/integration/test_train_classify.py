@@ -136,6 +136,7 @@ def test_what_prepare_writes_is_learned_and_the_classes_keep_their_names(
     for name, value in (s3.environment | {"FINETUNE_WORK_DIR": str(tmp_path)}).items():
         monkeypatch.setenv(name, value)
     pod = WorkDir(tmp_path / "pulled")
+    monkeypatch.setenv("FINETUNE_ATTEMPT_UID", "attempt-0")
     pull(gang.config.model_copy(update={"prepared": prepare(gang.config).prepared}), pod)
     gang.prepared, gang.shards = PreparedData.model_validate_json(pod.index.read_bytes()), pod
     result = gang.run().result

@@ -200,7 +200,7 @@ def test_a_disk_without_holes_is_refused_before_training(
     assert caught.value.reason == Reason.DOES_NOT_FIT
 
 
-def test_pull_leaves_streamed_shards_where_they_are(s3: S3, tmp_path: Path) -> None:
+def test_pull_leaves_streamed_shards_where_they_are(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = configured(s3, tmp_path, "pulled")
     examples = [encoded(e) for e in make_examples(40)]
     index = write_prepared(tmp_path / "files", s3, config, {"a": examples}, examples[:3], cache_bytes=9000)
@@ -209,6 +209,7 @@ def test_pull_leaves_streamed_shards_where_they_are(s3: S3, tmp_path: Path) -> N
     s3.put(config.prepared.index_uri, data)
     prepared = config.prepared.model_copy(update={"index_sha256": hashlib.sha256(data).hexdigest()})
     work = WorkDir(tmp_path / "work")
+    monkeypatch.setenv("FINETUNE_ATTEMPT_UID", "attempt-0")
     pull(config.model_copy(update={"prepared": prepared}), work)
     names = sorted(str(path.relative_to(work.data)) for path in work.data.rglob("*.parquet"))
     assert names == ["train/outline.parquet", "validation/00000.parquet"]

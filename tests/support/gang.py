@@ -310,6 +310,8 @@ def make_gang(
         "training": {name: value for name, value in chosen.items() if value is not None},
         "checkpoint": {"interval": {"type": "Steps", "steps": 1000}},
     } | spec
+    # Of one that has ended well, too, tests look at what it saved.
+    data["checkpoint"] = {"whenComplete": "Retain"} | data["checkpoint"]
     config = make_run_config(workers=workers, processes=processes, endpoint=s3.endpoint, **data)
     accumulation = chosen["globalBatchSize"] // (workers * processes * micro_batch)
     fields = config.to_json() | {

@@ -41,7 +41,16 @@ sys.exit(run(lambda config: launch(config, grace=5.0, deadlines=limits)))
 PHASES = ("Pulling", "Loading", "Evaluating", "Training", "Step", "Saving", "Publishing")
 """`Training`: before the first step; `Step`: after the fifth."""
 SECONDS = 8.0
-"""Deadline of every phase where something is stopped."""
+"""Deadline of the phase in which something is stopped; others keep theirs, since a busy machine is slow."""
+DEADLINES = {
+    "Pulling": {"pulling": SECONDS},
+    "Loading": {"loading": SECONDS},
+    "Evaluating": {"evaluating": SECONDS},
+    "Training": {"first_step": SECONDS},
+    "Step": {"step_least": SECONDS, "step_factor": 5.0},
+    "Saving": {"saving": SECONDS},
+    "Publishing": {"publishing": SECONDS},
+}
 MAX_ATTEMPTS = 5
 
 
@@ -80,7 +89,7 @@ class Job:
         chosen: dict[str, Any] = {
             "training": {"maxSteps": 12, "learningRate": 0.005},
             "tuning": {"type": "LoRA", "lora": {"rank": 4, "alpha": 8, "dropout": 0.2}},
-            "checkpoint": {"interval": {"type": "Steps", "steps": 3}, "keep": 2},
+            "checkpoint": {"interval": {"type": "Steps", "steps": 3}, "keep": 2, "whenComplete": "Delete"},
         }
         gang = make_gang(
             directory, s3, model, bucket_prefix=prefix, workers=1, processes=2, micro_batch=8, **(chosen | spec)
@@ -97,6 +106,7 @@ class Job:
             self._put(self.gang.directory / "shards" / shard.key, f"{folder}/{shard.key}")
         data = index.model_dump_json(by_alias=True, exclude_none=True).encode()
         s3.put(config.prepared.index_uri, data)
+        s3.put(config.prepared.report_uri, b"{}")
         prepared = config.prepared.model_copy(update={"index_sha256": hashlib.sha256(data).hexdigest()})
         self.gang.config = config.model_copy(update={"prepared": prepared})
         return self
@@ -122,9 +132,7 @@ class Job:
             **self.environment,
             **pause,
         )
-        stops = blow is not None and blow.number == signal.SIGSTOP
-        names = ("pulling", "loading", "first_step", "step_least", "evaluating", "saving", "publishing")
-        limits = dict.fromkeys(names, SECONDS) | {"step_factor": 5.0} if stops else {}
+        limits = DEADLINES[blow.phase] if blow and blow.number == signal.SIGSTOP else {}
         log = directory / "log"
         with log.open("wb") as output:
             process = subprocess.Popen(
@@ -171,6 +179,12 @@ class Job:
         fetch_verified(Store(self.gang.config.storage), manifest, directory)
         found: dict[str, torch.Tensor] = load_file(directory / "adapter_model.safetensors")
         return found
+
+    def scratch(self) -> set[str]:
+        """What lies in the job's scratch prefix, as keys below it; without the registers."""
+        prefix = self.gang.config.scratch_uri.removeprefix("s3://bucket/")
+        keys = (key.removeprefix(prefix) for key in self.gang.s3.keys("bucket", prefix))
+        return {key for key in keys if not key.startswith("fence/")}
 
     def open_uploads(self) -> list[str]:
         found = self.gang.s3.client().list_multipart_uploads(Bucket="bucket").get("Uploads", [])

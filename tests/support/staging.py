@@ -173,6 +173,8 @@ def make_staged_job(
         "dataPolicy": {"similarity": 1},
         "stages": stages,
     } | spec
+    # Of one that has ended well, too, tests look at what it saved.
+    fields["checkpoint"] = {"whenComplete": "Retain"} | fields["checkpoint"]
     config = make_run_config(workers=workers, endpoint=s3.endpoint, **fields)
     sizings = [
         Sizing.model_validate(

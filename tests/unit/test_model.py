@@ -237,3 +237,18 @@ def test_a_termination_message_fits_into_4096_bytes(fill: Callable[[int], str]) 
 )
 def test_what_is_not_a_termination_message_is_none(text: str) -> None:
     assert TerminationMessage.decode(text) is None
+
+
+def test_null_is_as_good_as_nothing() -> None:
+    nulls = job_manifest(stages=None, queue=None, tuning={"type": "LoRA", "lora": {"targetModules": None}})
+    assert job.parse(nulls) == job.parse(job_manifest(tuning={"type": "LoRA", "lora": {}}))
+
+
+def test_a_field_that_does_not_exist_is_refused_with_null_too() -> None:
+    with pytest.raises(pydantic.ValidationError, match="stagez"):
+        job.parse(job_manifest(stagez=None))
+
+
+def test_a_word_is_no_boolean() -> None:
+    with pytest.raises(pydantic.ValidationError, match="suspend"):
+        job.parse(job_manifest(runPolicy={"suspend": "yes"}))

@@ -100,6 +100,11 @@ class Fence(NamedTuple):
         self.store.put_bytes(f"{self._uri(self.attempt)}.uri", self.uri.encode())
         return None
 
+    def published(self) -> bool:
+        """Whether an earlier attempt has published; it changes nothing."""
+        entries = (self._read(earlier) for earlier in range(self.attempt))
+        return any(entry is not None and entry.fenced is None for entry in entries)
+
     def check(self) -> None:
         """Raises Superseded where a later attempt has begun."""
         entry = self._read(self.attempt)

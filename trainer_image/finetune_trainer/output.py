@@ -11,6 +11,7 @@ import torch
 from finetune_api.failures import TrainingResult
 from finetune_api.manifest import RunInfo
 from finetune_trainer import card, htmlreport, log, save
+from finetune_trainer.data.report import DATA_REPORT
 from finetune_trainer.facts import Evidence, Facts
 from finetune_trainer.fence import Fence
 from finetune_trainer.journal import Journal
@@ -132,7 +133,7 @@ def data_reports(run: StageRun, store: Store) -> dict[str, Any]:
     """What `prepare` reported of each stage's data, where it did."""
     found = {}
     for stage in run.stages:
-        uri = join(join(run.job.scratch_uri, f"data/{stage.name}".rstrip("/")), "data-report.json")
+        uri = join(join(run.job.scratch_uri, f"data/{stage.name}".rstrip("/")), DATA_REPORT)
         try:
             found[stage.name] = json.loads(store.get_bytes(uri, 64 * 2**20))
         except ObjectMissing:

@@ -26,7 +26,7 @@ from finetune_trainer.data.basemodel import BaseModel, digest, for_tuning, inspe
 from finetune_trainer.data.pipeline import Pipeline
 from finetune_trainer.data.policy import AcrossStages
 from finetune_trainer.data.records import Record
-from finetune_trainer.data.report import DatasetReport, worst
+from finetune_trainer.data.report import DATA_REPORT, DatasetReport, worst
 from finetune_trainer.data.rewardmodel import inspect_judge, inspect_reward_model
 from finetune_trainer.data.rewardrules import check_rewards
 from finetune_trainer.data.shards import Upload
@@ -164,7 +164,7 @@ def _prepare_stage(
     _check_enough(config, pipeline)
     check_rewards(store, config.spec.method, model.encoder.tokenizer, data_uri, pipeline.shards)
     classes = pipeline.classes()
-    store.put_bytes(join(data_uri, "data-report.json"), _report(config, model, pipeline.reports))
+    store.put_bytes(join(data_uri, DATA_REPORT), _report(config, model, pipeline.reports))
     known = {
         "adapter": adapter,
         "reward_model": rewards.files,
@@ -252,7 +252,7 @@ def _of_all(store: Store, config: RunConfig, model: BaseModel, done: Mapping[str
         max_tokens=max((stage.data.max_tokens for stage in done.values()), default=0),
         stages={name: stage.sha256 for name, stage in done.items()},
     )
-    store.put_bytes(join(data_uri, "data-report.json"), _report(config, model, reports))
+    store.put_bytes(join(data_uri, DATA_REPORT), _report(config, model, reports))
     return Prepared(index, _write_index(store, data_uri, index), reports)
 
 
@@ -333,7 +333,7 @@ def _summary(data_uri: str, index: PreparedData, sha256: str, parts: Sequence[Pr
     return PreparedSummary(
         index_uri=join(data_uri, "index.json"),
         index_sha256=sha256,
-        report_uri=join(data_uri, "data-report.json"),
+        report_uri=join(data_uri, DATA_REPORT),
         model=index.model,
         train_examples=_count(shards, "train"),
         validation_examples=_count(shards, "validation"),

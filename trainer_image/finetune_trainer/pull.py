@@ -16,6 +16,7 @@ from finetune_api.run import PinnedObject, PreparedData, RunConfig
 from finetune_api.stage import Generate
 from finetune_api.stages import effective
 from finetune_trainer import heartbeat, log
+from finetune_trainer.fence import Fence
 from finetune_trainer.outcome import guarded
 from finetune_trainer.publish import MANIFEST_LIMIT, parse_manifest
 from finetune_trainer.results import fetch_result, is_finished
@@ -105,6 +106,12 @@ def pull(config: RunConfig, work: WorkDir) -> None:
     if prepared is None:
         raise FineTuneError(Reason.INVALID_SPEC, "run.json: `prepared` is required for training")
     with Store(config.storage) as store:
+        fence = Fence.of(store, config)
+        if fence and fence.published():
+            # What would be fetched may be gone; the last stage's ranks tell the result.
+            work.root.mkdir(parents=True, exist_ok=True)
+            work.finished.write_text(str(len(effective(config.spec)) - 1))
+            return
         uri = prepared.index_uri
         data = read_index(store, uri, prepared.index_sha256)
         index = PreparedData.model_validate_json(data)

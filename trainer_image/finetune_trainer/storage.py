@@ -397,11 +397,14 @@ class Store:
         except FAILED as error:
             raise explain(error, "delete", uri) from error
 
-    def delete_prefix(self, prefix: str, scratch: str) -> int:
-        """Deletes everything below `prefix`, which must lie in one job's scratch prefix; returns how many objects."""
+    def delete_prefix(self, prefix: str, scratch: str, keep: str = "") -> int:
+        """Deletes everything below `prefix`, which must lie in one job's scratch prefix; returns how many objects.
+
+        `keep`: the last part of keys that stay.
+        """
         if not SCRATCH.match(scratch) or not prefix.startswith(scratch) or not prefix.endswith("/"):
             raise ValueError(f"{prefix} is not a prefix within a job's scratch prefix ({scratch})")
-        found = builtins.list(self.list(prefix))
+        found = [item for item in self.list(prefix) if not keep or item.uri.rpartition("/")[2] != keep]
         _each(lambda item: self.delete(item.uri), found)
         return len(found)
 

@@ -28,6 +28,7 @@ from finetune_trainer.batches import Plan
 from finetune_trainer.between import prepare_between
 from finetune_trainer.callbacks import Signals
 from finetune_trainer.checkpoint import Checkpoints
+from finetune_trainer.cleanup import clean_up
 from finetune_trainer.control import best_step
 from finetune_trainer.evaluation.evaluator import Evaluator
 from finetune_trainer.evaluation.gates import check
@@ -62,6 +63,7 @@ def train(run: StageRun, signals: Signals, reporter: Reporter, end: "End") -> No
         distributed.stop(ranks)
         if ranks.is_main:
             end.publish(run, TrainingResult.model_validate(known))
+            clean_up(store, run.job)
         return
     start = run.make_ready(store, ranks)
     if run.number == 0:
@@ -145,6 +147,7 @@ def train(run: StageRun, signals: Signals, reporter: Reporter, end: "End") -> No
         if run.is_last:
             evidence = Evidence(classes, trainer.confusion, evaluator.samples)
             end.publish(run, publish_output(run, store, journal, metrics, reporter, kind, evidence))
+            clean_up(store, run.job)
         else:
             publish_stage(run, store, journal, metrics)
             checkpoints.remove()

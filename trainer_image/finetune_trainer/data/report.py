@@ -9,6 +9,7 @@ from finetune_api.run import Split
 from finetune_trainer.data.shards import Encoded
 from finetune_trainer.data.tokenise import Tokens
 
+DATA_REPORT = "data-report.json"
 CASES = 5
 """Places that are named for each cause."""
 _EDGES = [2**power for power in range(23)]
