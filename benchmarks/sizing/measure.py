@@ -87,6 +87,8 @@ async def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object for each case instead of a table")
     parser.add_argument("--keep", action="store_true", help="write results.md, or results-cuda.md, beside this file")
     options = parser.parse_args()
+    if options.keep and options.case:
+        parser.error("--keep is for all cases: a part of them would replace the whole")
     folder = Path(tempfile.mkdtemp(prefix="bench-sizing-"))
     s3 = await ours.S3.start(folder / "s3")
     rows = [HEAD]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 MEASURE = Path(__file__).parents[2] / "benchmarks" / "sizing" / "measure.py"
-CASES = ["LoRA, recomputed", "Full, 2 ranks"]
+CASES = ["LoRA", "LoRA, recomputed", "Full, 2 ranks"]
 
 
 @pytest.mark.timeout(600)
