@@ -14,6 +14,7 @@ import pytest
 
 from finetune_api.failures import EXIT_CODES, Reason, TerminationMessage
 from finetune_api.profile import DEFAULT_ANNOTATION
+from finetune_operator.plan import KEEP_ENDED
 from support import rights
 from support.api import Api, Object
 from support.charting import render
@@ -75,7 +76,8 @@ async def live(scene: Scene, progress: int) -> None:
         await scene.policy(suspend=False)
         await scene.run(f"j-{number + 1}")
         await scene.reaches("Running")
-    await scene.end("j-2", message=broke, code=EXIT_CODES[Reason.HUNG])
+    last = await preempted(scene, 2)
+    await scene.end(f"j-{last}", message=broke, code=EXIT_CODES[Reason.HUNG])
     await scene.reaches("Failed")
     await scene.policy(ttlSecondsAfterFinished=0)
 
@@ -85,6 +87,17 @@ async def live(scene: Scene, progress: int) -> None:
     await eventually(gone, "the job to go", timeout=40)
     async with rights.kueue(scene.api):
         await queued(scene)
+
+
+async def preempted(scene: Scene, number: int) -> int:
+    """Again and again, until a gang that ended is one too many; the number of the one that runs then."""
+    signal = TerminationMessage(reason=Reason.PREEMPTED, message="SIGTERM", rank=0)
+    for past in range(number, number + KEEP_ENDED + 1):
+        await scene.end(f"j-{past}", message=signal, code=EXIT_CODES[Reason.PREEMPTED])
+        await scene.run(f"j-{past + 1}")
+        await scene.reaches("Running")
+    await eventually(scene.jobs, "the first of them to go", until=partial(_lacks, f"j-{number}"), timeout=40)
+    return number + KEEP_ENDED + 1
 
 
 async def queued(scene: Scene) -> None:
