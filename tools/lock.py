@@ -4,11 +4,20 @@ SBOM (`make sbom`).
 torch is left to its own layer of the trainer's image: which build of it is installed is the image's variant.
 """
 
+import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
+import uuid
 from pathlib import Path
+
+from cyclonedx.model import ExternalReference, ExternalReferenceType, HashAlgorithm, HashType, XsUri
+from cyclonedx.model.bom import Bom
+from cyclonedx.model.component import Component, ComponentType
+from cyclonedx.output.json import JsonV1Dot6
+from packageurl import PackageURL
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -25,6 +34,8 @@ IMAGES = {
     "operator": ("operator/requirements.txt",),
     "trainer": ("trainer_image/requirements-build.txt", "trainer_image/requirements.txt"),
 }
+SERIALS = uuid.UUID("5c2f8c5e-7d0f-5b0e-9a53-2f6f0e0c7a11")
+"""Of the serial numbers, each of which is made of what its SBOM lists."""
 
 
 def compiled(*sources: str) -> str:
@@ -48,15 +59,41 @@ def entries(text: str) -> list[str]:
     return found
 
 
+def sbom(image: str, entries: list[str]) -> str:
+    """CycloneDX 1.6, the same for the same entries: each a `name==version` with the hashes of its files."""
+    components = [_component(entry) for entry in entries]
+    bom = Bom(components=components, serial_number=uuid.uuid5(SERIALS, "".join(sorted(entries))))
+    bom.metadata.timestamp = None  # or no two would be the same
+    root = Component(name=f"finetune-{image}", type=ComponentType.CONTAINER, bom_ref="image")
+    bom.metadata.component = root
+    bom.register_dependency(root, components)
+    return json.dumps(json.loads(JsonV1Dot6(bom).output_as_string()), indent=2, sort_keys=True) + "\n"
+
+
+def _component(entry: str) -> Component:
+    found = re.match(r"(\S+)==(\S+)", entry)
+    assert found, entry
+    purl = PackageURL("pypi", name=found[1], version=found[2])
+    # One version is many files, of which an installation takes one.
+    hashes = [HashType(alg=HashAlgorithm.SHA_256, content=text) for text in re.findall(r"--hash=sha256:(\S+)", entry)]
+    files = ExternalReference(type=ExternalReferenceType.DISTRIBUTION, url=XsUri(purl.to_string()), hashes=hashes)
+    return Component(
+        name=found[1],
+        version=found[2],
+        type=ComponentType.LIBRARY,
+        bom_ref=purl.to_string(),
+        purl=purl,
+        external_references=[files] if hashes else [],
+    )
+
+
 def write_sbom(image: str, target: Path) -> None:
-    """CycloneDX, of all entries of the image's locks; the same for the same locks."""
+    """Of all entries of the image's locks."""
     every = dict.fromkeys(entry for lock in IMAGES[image] for entry in entries((ROOT / lock).read_text()))
     if image == "trainer":
         every[TORCH] = None
     target.parent.mkdir(parents=True, exist_ok=True)
-    options = ("--output-reproducible", "--spec-version", "1.6", "--output-format", "JSON", "--output-file", target)
-    command = [BIN / "cyclonedx-py", "requirements", *options, "--pyproject", "pyproject.toml", "-"]
-    subprocess.run(command, cwd=ROOT, input="".join(sorted(every)), text=True, check=True)
+    target.write_text(sbom(image, list(every)))
 
 
 def write_locks() -> None:

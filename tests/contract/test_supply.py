@@ -102,3 +102,6 @@ def test_the_sbom_names_all_of_it(image: str, tmp_path: Path) -> None:
     assert {canonicalize_name(c["name"]): c["version"] for c in sbom["components"]} == wanted
     hashes = [c for c in sbom["components"] if c.get("externalReferences")]
     assert len(hashes) >= len(wanted) - 1
+    first = target.read_bytes()
+    LOCK.write_sbom(image, target)
+    assert target.read_bytes() == first

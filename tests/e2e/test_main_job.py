@@ -12,7 +12,7 @@ import pytest
 
 from support.laptop import BUCKET, Laptop
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400), pytest.mark.gang]
 
 
 def wait_for(probe: Callable[[], Any], what: str, timeout: float, until: Callable[[Any], object] = bool) -> Any:

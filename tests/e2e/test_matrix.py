@@ -10,7 +10,7 @@ from support.matrix import METHODS, Cell
 from support.runner import Ended, Runner
 from support.writing import make_writer
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200), pytest.mark.gang]
 EXAMPLES = examples.jobs()
 EARLIER = Cell("SFT", "LoRA", 1)
 """Whose adapter an example goes on from."""

@@ -15,7 +15,7 @@ from support.s3 import S3, running_s3
 from support.tally import Tally
 from support.warm import warm_start
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800), pytest.mark.gang]
 ALL = [
     Blow(phase, number, rank)
     for phase in PHASES

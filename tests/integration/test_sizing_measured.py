@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = [pytest.mark.integration, pytest.mark.gang]
+
 MEASURE = Path(__file__).parents[2] / "benchmarks" / "sizing" / "measure.py"
 CASES = ["LoRA", "LoRA, recomputed", "Full, 2 ranks"]
 

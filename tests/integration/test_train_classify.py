@@ -18,6 +18,8 @@ from support.preferring import PreferenceGang, make_preference_gang
 from support.s3 import S3, running_s3
 from support.tiny import make_tiny_model as make_model_with_tokenizer
 
+pytestmark = [pytest.mark.integration, pytest.mark.gang]
+
 SMALL = {"rank": 4, "alpha": 8}
 TUNINGS: dict[str, dict[str, Any]] = {
     "LoRA": {"type": "LoRA", "lora": SMALL},

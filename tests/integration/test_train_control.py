@@ -14,6 +14,8 @@ from finetune_trainer import state
 from support.gang import Gang, make_gang, make_tiny_model
 from support.s3 import S3, running_s3
 
+pytestmark = [pytest.mark.integration, pytest.mark.gang]
+
 # Twelve examples, learned by heart: from some step on the held-out ones suffer.
 MEMORISE: dict[str, Any] = {
     "examples": 12,

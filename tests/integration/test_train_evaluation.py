@@ -15,6 +15,8 @@ from support.measuring import MeasuredGang, answers, make_judge, make_measured_g
 from support.preferring import make_preference_gang
 from support.s3 import S3, running_s3
 
+pytestmark = [pytest.mark.integration, pytest.mark.gang]
+
 TOLERANCE = 2e-5
 HELD = {
     "validation": {"near": {"odd": strides(5, 1, 1), "even": strides(4, 2, 2)}, "far": {"": strides(6, 3, 3, 12)}},

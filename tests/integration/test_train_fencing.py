@@ -13,7 +13,7 @@ from support.pods import Job
 from support.s3 import S3, running_s3
 from support.warm import warm_start
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.gang]
 
 
 @pytest.fixture(scope="module")

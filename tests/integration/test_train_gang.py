@@ -11,6 +11,8 @@ from finetune_api.manifest import Manifest
 from support.gang import Gang, make_gang, make_tiny_model
 from support.s3 import S3, running_s3
 
+pytestmark = [pytest.mark.integration, pytest.mark.gang]
+
 TOLERANCE = 2e-5
 
 

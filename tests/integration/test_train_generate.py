@@ -17,7 +17,7 @@ from support.tiny import make_tiny_model
 from support.warm import warm_start
 from support.writing import KNOWN, known_rows, make_writer
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.gang]
 GENERATE = {"count": 24, "shots": 1, "maxNewTokens": 40, "temperature": 1.0, "maxSimilarity": 0.9}
 SEEDS = [{"name": "known", "uri": "s3://bucket/data/known.jsonl"}]
 ROWS = [{"name": "more", "uri": "stage://more"}]

@@ -19,6 +19,8 @@ from support.preferring import PreferenceGang, make_preference_gang
 from support.s3 import S3, running_s3
 from support.tiny import make_tiny_model as make_model_with_tokenizer
 
+pytestmark = [pytest.mark.integration, pytest.mark.gang]
+
 METHODS: dict[str, dict[str, Any]] = {
     "DPO": {"type": "DPO", "dpo": {"beta": 0.5}},
     "KTO": {"type": "KTO", "kto": {"beta": 0.5, "undesirableWeight": 0.8}},

@@ -13,6 +13,8 @@ from support.gang import make_tiny_model
 from support.preferring import PreferenceGang, make_preference_gang
 from support.s3 import S3, running_s3
 
+pytestmark = [pytest.mark.integration, pytest.mark.gang]
+
 DPO = {"type": "DPO", "dpo": {"beta": 0.5}}
 FULL: dict[str, Any] = {"tuning": {"type": "Full"}, "training": {"maxSteps": 6, "learningRate": 0.003}}
 LORA = {"type": "LoRA", "lora": {"rank": 4, "alpha": 8}}

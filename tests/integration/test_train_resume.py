@@ -13,6 +13,8 @@ from finetune_api.failures import EXIT_CODES, Reason
 from support.gang import Gang, make_gang, make_tiny_model
 from support.s3 import S3, running_s3
 
+pytestmark = [pytest.mark.integration, pytest.mark.gang]
+
 STEPS = 24
 # Dropout makes the result depend on the random numbers of every step.
 SETTINGS: dict[str, Any] = {

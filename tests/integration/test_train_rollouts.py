@@ -12,6 +12,8 @@ from support.asking import LARGE, PromptGang, make_numbers_model, make_prompt_ga
 from support.preferring import make_preference_gang
 from support.s3 import S3, running_s3
 
+pytestmark = [pytest.mark.integration, pytest.mark.gang]
+
 RULES = [{"name": "large", "expression": LARGE}]
 METHODS: dict[str, dict[str, Any]] = {
     "PPO": {

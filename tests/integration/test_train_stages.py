@@ -19,7 +19,7 @@ from support.staging import StagedJob, jsonl, make_staged_job
 from support.teaching import BAD, GOOD, make_model
 from support.warm import warm_start
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.gang]
 TOLERANCE = 1e-4
 
 

@@ -29,7 +29,7 @@ from support.gang import Gang, make_examples, make_gang, make_tiny_model
 from support.s3 import S3, running_s3
 from support.streamed import encoded, write_prepared
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.gang]
 ROWS = 4
 """Of a shard."""
 PAGE = 4096

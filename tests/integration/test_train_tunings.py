@@ -14,6 +14,8 @@ from finetune_api.tuning import Tuning
 from support.gang import Gang, make_gang, make_tiny_model
 from support.s3 import S3, running_s3
 
+pytestmark = [pytest.mark.integration, pytest.mark.gang]
+
 SMALL = {"rank": 4, "alpha": 8}
 TUNINGS: dict[str, dict[str, Any]] = {
     "DoRA": {"type": "DoRA", "lora": SMALL},
