@@ -18,7 +18,7 @@ PATIENCE = 40.0
 
 
 async def create(scene: Scene, **policy: Any) -> None:
-    await scene.submit(distribution={"workers": WORKERS}, runPolicy=policy)
+    await scene.submit(distribution={"workers": WORKERS}, **({"runPolicy": policy} if policy else {}))
     await prepare(scene)
     await run(scene, "j-0")
 
