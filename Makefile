@@ -22,10 +22,10 @@ $(STAMP):
 demo: setup
 	$(BIN)/python examples/demo/demo.py
 
-# Most tests wait more than they compute. Those with ranks of their own keep every core busy, so they come one by one.
+# Most tests wait more than they compute; those with ranks of their own do not.
 test: setup
 	$(BIN)/python -m pytest -n 4 --dist loadfile -m "not gang"
-	$(BIN)/python -m pytest -m gang
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m gang
 
 test-unit: setup
 	$(BIN)/python -m pytest tests/unit tests/contract

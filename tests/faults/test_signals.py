@@ -26,7 +26,6 @@ ALL = [
 SAMPLE = [
     Blow("Saving", signal.SIGKILL, 0),
     Blow("Step", signal.SIGSTOP, 1),
-    Blow("Training", signal.SIGTERM, 1),
 ]
 
 

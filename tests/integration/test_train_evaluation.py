@@ -109,10 +109,17 @@ def test_two_workers_measure_what_one_measures(alone: MeasuredGang, s3: S3, mode
             assert found[name] == pytest.approx(value, rel=1e-3, abs=TOLERANCE), name
 
 
-def test_partitioned_parameters_measure_the_same(alone: MeasuredGang, s3: S3, model: Path, tmp_path: Path) -> None:
-    """Under ZeRO-3 each forward pass is a collective: no rank may make one more than the others."""
+@pytest.mark.parametrize("room", [True, False])
+def test_partitioned_parameters_measure_the_same(
+    room: bool, alone: MeasuredGang, s3: S3, model: Path, tmp_path: Path
+) -> None:
+    """Under ZeRO-3, where the weights find no room on a rank, each forward pass is a collective: no rank may make one
+    more than the others."""
     gang = measuring(tmp_path, s3, model, strategy="ZeRO3", micro_batch=8)
+    if not room:
+        gang.env["LOCAL_WORLD_SIZE"] = str(10**9)  # so many share what there is
     gang.run()
+    assert bool(gang.events("weights are gathered for every token")) is not room
     expected, found = figures(alone), figures(gang)
     for name in (
         "evalLossBefore",

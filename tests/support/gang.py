@@ -23,7 +23,7 @@ from finetune_api.run import PreparedData, RunConfig, Shard
 from finetune_trainer.outcome import read_outcome
 from finetune_trainer.underway import at_work
 from finetune_trainer.workdir import WorkDir
-from support.runs import JOB_UID, make_run_config
+from support.runs import JOB_UID, events_of, make_run_config
 from support.s3 import S3, unused_port
 
 VOCABULARY = 64
@@ -189,9 +189,7 @@ class Gang:
 
     def events(self, name: str) -> list[dict[str, Any]]:
         """Rank 0's log lines of one event."""
-        lines = (self.directory / "rank-0.log").read_text().splitlines()
-        events = [json.loads(line) for line in lines if line.startswith('{"time"')]
-        return [event for event in events if event["event"] == name]
+        return events_of(self.directory / "rank-0.log", name)
 
     def losses(self) -> list[float]:
         """The training loss of each step, from the published metrics.jsonl: over all attempts."""

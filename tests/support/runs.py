@@ -1,5 +1,6 @@
 """RunConfigs and the environment of a pod, for tests of what runs in one."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -57,3 +58,10 @@ def pod_environment(directory: Path, config: RunConfig, **extra: str) -> dict[st
         "FINETUNE_WORKER_INDEX": "0",
         **extra,
     }
+
+
+def events_of(log: Path, name: str) -> list[dict[str, Any]]:
+    """The lines of one event. The last line may be half written still."""
+    lines = log.read_text().rpartition("\n")[0].splitlines()
+    found = [json.loads(line) for line in lines if line.startswith('{"time"')]
+    return [event for event in found if event["event"] == name]

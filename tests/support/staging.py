@@ -15,7 +15,7 @@ from finetune_api.failures import TerminationMessage
 from finetune_api.run import RunConfig
 from finetune_api.sizing import Sizing
 from finetune_api.stages import effective
-from support.runs import make_run_config, pod_environment
+from support.runs import events_of, make_run_config, pod_environment
 from support.s3 import S3
 
 Row = dict[str, Any]
@@ -71,9 +71,7 @@ class Attempt:
 
     def events(self, name: str) -> list[dict[str, Any]]:
         """The lines of one event in the first pod's log."""
-        lines = (self._pods()[0] / "log").read_text().splitlines()
-        found = [json.loads(line) for line in lines if line.startswith('{"time"')]
-        return [event for event in found if event["event"] == name]
+        return events_of(self._pods()[0] / "log", name)
 
     def log(self) -> str:
         return "\n".join((pod / "log").read_text() for pod in self._pods())

@@ -25,6 +25,7 @@ from finetune_trainer.evaluation.loss import evaluate, figures_of
 from finetune_trainer.evaluation.questions import Question, last_tokens, questions_of
 from finetune_trainer.evaluation.samples import SAMPLE_TOKENS, SAMPLES, Answered, Sample
 from finetune_trainer.feed import Data, sequences
+from finetune_trainer.gathered import gathered
 from finetune_trainer.generate import Answering, answers_to
 from finetune_trainer.model import attention_of, dtype_of
 from finetune_trainer.reward_model import RewardModel
@@ -140,18 +141,18 @@ class Evaluator:
 
     def _answer(self, trainer: Any) -> Answered:
         found: dict[HeldOut, list[list[int]]] = {}
-        for split, asked in self._questions.items():
-            with trainer.accelerator.autocast():
-                answers = answers_to(trainer.model, [q.prompt for q in asked], self._how(trainer, split), self._ranks)
-            found[split] = answers
+        if self._questions:
+            with gathered(trainer.model_wrapped, self._ranks.device) as lockstep, trainer.accelerator.autocast():
+                for split, asked in self._questions.items():
+                    how = self._how(trainer, split, lockstep)
+                    found[split] = answers_to(trainer.model, [q.prompt for q in asked], how, self._ranks)
         return Answered(answers=found)
 
     def _text(self, answer: Sequence[int]) -> str:
         return self._decode([token for token in answer if token not in self._stop]).strip()
 
-    def _how(self, trainer: Any, split: HeldOut) -> Answering:
+    def _how(self, trainer: Any, split: HeldOut, lockstep: bool) -> Answering:
         tokenizer, data = self._tokenizer, self._data
-        assert self._config.sizing
         longest = self._config.spec.evaluation.generation.max_new_tokens
         special = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         stop = last_tokens(data.held[split].data) & special
@@ -166,7 +167,7 @@ class Evaluator:
             # It is masked: any token will do.
             padding=min(stop, default=0),
             budget=HEADROOM * trainer.batches.micro_batch * max(1, data.prepared.max_tokens),
-            lockstep=self._config.sizing.strategy == "ZeRO3",
+            lockstep=lockstep,
         )
 
     def _scored(self, split: HeldOut, answered: Answered) -> dict[str, float]:

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from transformers import TrainingArguments
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from finetune_api.failures import FineTuneError, Reason
 from finetune_api.method import GRPO, PPO, Method
@@ -21,6 +20,7 @@ from finetune_trainer.batches import IGNORED, Batch, Ints
 from finetune_trainer.distributed import Ranks
 from finetune_trainer.evaluation.groups import Groups
 from finetune_trainer.evaluation.loss import batches_of
+from finetune_trainer.gathered import gathered
 from finetune_trainer.logits import learned_logits
 from finetune_trainer.methods.base import MethodTrainer
 from finetune_trainer.methods.reference import reference_of
@@ -107,10 +107,13 @@ class RolloutTrainer(MethodTrainer):
         """Collective."""
         self._drift = []
         with self._evaluating():
-            answered = [
-                self._answer(self.batches.prompts, self.batches.prompts_at(step, p.numpy()), p, (number, LEARNED))
-                for p in places
-            ]
+            with gathered(self.model_wrapped, self.args.device) as lockstep:
+                answered = [
+                    self._answer(
+                        self.batches.prompts, self.batches.prompts_at(step, p.numpy()), p, (number, LEARNED), lockstep
+                    )
+                    for p in places
+                ]
             batches = self.learnable(answered)
         tokens = sum(int(answer_tokens(part.batch["labels"]).sum()) for part in answered)
         score = sum(float(part.scores.sum()) for part in answered)
@@ -121,12 +124,14 @@ class RolloutTrainer(MethodTrainer):
             self._figures["kl"] = drift / size
         return Rollout(number, batches, torch.tensor([int(all_tokens), size]))
 
-    def _answer(self, data: Prompts, ids: Ints, places: torch.Tensor, stream: tuple[int, ...]) -> Answered:
+    def _answer(
+        self, data: Prompts, ids: Ints, places: torch.Tensor, stream: tuple[int, ...], lockstep: bool
+    ) -> Answered:
         """Answers to the prompts `ids`, sampled with the random numbers of `places` and scored."""
         device = self.args.device
         prompts = [tokens_of(data, int(i)) for i in ids]
         numbers = draws((self.args.seed, *stream), places.numpy(), self.sampling.max_new_tokens)
-        answers = sample(self.model_wrapped, prompts, numbers, self.sampling, device)
+        answers = sample(self.model_wrapped, prompts, numbers, self.sampling._replace(lockstep=lockstep), device)
         references = [data.references[int(i)] for i in ids]
         scores = self.rewards.score(prompts, answers, references, device)
         if not torch.isfinite(scores).all():
@@ -165,9 +170,9 @@ class RolloutTrainer(MethodTrainer):
     def measure(self, data: Prompts, ranks: Ranks, batch_size: int, groups: Groups) -> dict[str, float]:
         """One answer to each prompt, with the same random numbers each time."""
         sums = np.zeros((groups.leaves, 4))
-        with self._evaluating():
+        with self._evaluating(), gathered(self.model_wrapped, self.args.device) as lockstep:
             for ids, counts in batches_of(data.examples, ranks.rank, ranks.world_size, batch_size):
-                part = self._answer(data, ids, torch.from_numpy(ids), (HELD_OUT,))
+                part = self._answer(data, ids, torch.from_numpy(ids), (HELD_OUT,), lockstep)
                 labels, drift = part.batch["labels"], torch.zeros(len(ids))
                 if self.has_reference:
                     now = log_probs(self.model_wrapped, part.batch, self.sampling.temperature)
@@ -187,9 +192,7 @@ class RolloutTrainer(MethodTrainer):
 
 def sampling_of(model: Any, method: PPO | GRPO, ends: tuple[int, ...]) -> Sampling:
     virtual = hasattr(model, "peft_config") and model.active_peft_config.is_prompt_learning
-    return Sampling(
-        method.temperature, method.max_new_tokens, ends, cached=not virtual, lockstep=is_deepspeed_zero3_enabled()
-    )
+    return Sampling(method.temperature, method.max_new_tokens, ends, cached=not virtual, lockstep=False)
 
 
 def tokens_of(data: Prompts, number: int) -> Tokens:
