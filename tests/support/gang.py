@@ -25,6 +25,7 @@ from finetune_trainer.underway import at_work
 from finetune_trainer.workdir import WorkDir
 from support.runs import JOB_UID, events_of, make_run_config
 from support.s3 import S3, unused_port
+from support.warm import LATER
 
 VOCABULARY = 64
 SHAPE = {
@@ -89,7 +90,7 @@ def make_examples(count: int, seed: int = 0) -> list[Example]:
 def forking() -> ForkServerContext:
     """Processes that start with the trainer imported: `python -m` would spend five seconds on that, for each rank."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["finetune_trainer.train"])
+    context.set_forkserver_preload(["finetune_trainer.train", *LATER])
     return context
 
 
