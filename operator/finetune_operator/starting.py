@@ -32,8 +32,8 @@ def start(situation: Situation, job: FineTuneJob, profile: FineTuneProfile, prep
     if isinstance(wanted, Step):
         return wanted
     workers, found = wanted
-    last = situation.attempts[-1] if situation.attempts else None
-    number = last.number + 1 if last else 0
+    attempt = _attempt(situation, job, profile, workers)
+    number = attempt.number
     estimate = gpu_hours(job, profile, prepared, found.sizings)
     sizing = found.largest.model_copy(update={"estimated_gpu_hours": estimate and round(estimate, 3)})
     known = Decision("Starting", "", data=_data(prepared), sizing=sizing)
@@ -46,22 +46,11 @@ def start(situation: Situation, job: FineTuneJob, profile: FineTuneProfile, prep
     if lingering := _lingering(situation):
         text = f"attempt {number} waits for {', '.join(lingering[:3])} of the one before to end"
         return Step(situation.stand(replace(known, message=text)), due=(situation.now + LOOK_AGAIN,))
-    gpus = manifests.devices(job.spec, profile.spec, workers).world_size
-    claim = None if _queue(job) else situation.claim(profile, gpus)
+    claim = None if _queue(job) else situation.claim(profile, attempt.gpus or 1)
     if claim and (reason := situation.line.why_not(claim)):
         text = f"attempt {number} waits for its turn: {reason}"
         step = Step(situation.stand(replace(known, state="Queued", message=text)), claim=claim)
         return within_pre_running(situation, job, _ready_since(situation), step)
-    name = manifests.child_name(job.metadata.name, number)
-    attempt = Attempt(
-        number=number,
-        job=name,
-        profile=profile.metadata.name,
-        profile_generation=profile.metadata.generation,
-        workers=workers,
-        gpus=gpus,
-        creation_time=situation.now,
-    )
     # Where a gang did not find room, a node that failed is better than none.
     strictly = waited is None and _queue(job) is None
     affinity = manifests.without(history.avoided(situation.attempts, situation.now), strictly=strictly)
@@ -70,7 +59,7 @@ def start(situation: Situation, job: FineTuneJob, profile: FineTuneProfile, prep
         state="Queued" if _queue(job) else "Starting",
         message=_start_text(job, attempt),
         attempts=history.bounded((*situation.attempts, attempt)),
-        gpus=gpus,
+        gpus=attempt.gpus,
     )
     objects = manifests.gang(
         job, profile, situation.context, number, prepared, found.sizings, workers=workers, affinity=affinity
@@ -80,6 +69,20 @@ def start(situation: Situation, job: FineTuneJob, profile: FineTuneProfile, prep
     looks = (grace if affinity and strictly else None, asked)
     step = Step(decision, objects, looks, claim=claim and claim._replace(holds=True, served=situation.now))
     return within_pre_running(situation, job, waited.since if waited and not overdue else situation.now, step)
+
+
+def _attempt(situation: Situation, job: FineTuneJob, profile: FineTuneProfile, workers: int) -> Attempt:
+    """The next one, asked for now."""
+    number = situation.attempts[-1].number + 1 if situation.attempts else 0
+    return Attempt(
+        number=number,
+        job=manifests.child_name(job.metadata.name, number),
+        profile=profile.metadata.name,
+        profile_generation=profile.metadata.generation,
+        workers=workers,
+        gpus=manifests.devices(job.spec, profile.spec, workers).world_size,
+        creation_time=situation.now,
+    )
 
 
 def _ready_since(situation: Situation) -> datetime.datetime:
