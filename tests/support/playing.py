@@ -25,6 +25,7 @@ from support.world import make_profile
 
 logger = logging.getLogger(__name__)
 AT_ONCE = 4
+NEVER_MET = "the fault was never met"
 """Cases that are played at a time: most of each is waiting."""
 SETTINGS = {
     # Fixed, as a Service's name is: pods are told of it.
@@ -156,6 +157,13 @@ class Theatre:
         except TimeoutError:
             return f"nothing came of it within {LIMIT:.0f} s"
 
+    async def met(self, case: Case) -> str:
+        """What is wrong. Which of two ways the operator takes to read something depends on how busy it is."""
+        for _ in range(3):
+            if not (wrong := await self.play(case)).startswith(NEVER_MET):
+                break
+        return wrong
+
     async def play_all(self, cases: Sequence[Case]) -> dict[str, str]:
         """By title, what is wrong."""
         cases = [case for case in cases if self.only in case.title]
@@ -167,7 +175,7 @@ class Theatre:
 
         async def one(case: Case) -> None:
             async with gate:
-                results[case.title] = await self.play(case)
+                results[case.title] = await self.met(case)
                 logger.info(
                     "%5.0f s, %d: %s: %s",
                     time.monotonic() - start,
@@ -187,7 +195,7 @@ async def verdict(scene: Scene, smooth: Played, rules: Sequence[Rule]) -> str:
     proxy = scene.proxy
     assert isinstance(proxy, FaultyProxy)
     if not rules[0].used:
-        return f"the fault was never met: {rules[0].kind} {rules[0].fault}"
+        return f"{NEVER_MET}: {rules[0].kind} {rules[0].fault}"
     with contextlib.suppress(TimeoutError):
         await eventually(lambda: left(scene), "the same end", until=lambda o: o == smooth.objects, timeout=20)
     if "finetunejobs/j" in smooth.objects:
