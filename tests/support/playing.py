@@ -25,8 +25,8 @@ from support.world import make_profile
 
 logger = logging.getLogger(__name__)
 AT_ONCE = 4
-NEVER_MET = "the fault was never met"
 """Cases that are played at a time: most of each is waiting."""
+NEVER_MET = "the fault was never met"
 SETTINGS = {
     # Fixed, as a Service's name is: pods are told of it.
     "PROGRESS_URL": "https://progress.example:8443",
