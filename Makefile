@@ -24,7 +24,7 @@ demo: setup
 
 # Most tests wait more than they compute; those with ranks of their own do not.
 test: setup
-	$(BIN)/python -m pytest -n 4 --dist loadfile -m "not gang"
+	$(BIN)/python -m pytest -n 3 --dist loadfile -m "not gang"
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m gang tests/e2e tests/integration tests/faults
 
 test-unit: setup

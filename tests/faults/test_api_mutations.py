@@ -160,7 +160,7 @@ async def test_the_server_and_the_models_refuse_the_same(
     results: dict[str, str] = {}
     async with theatre.scene() as scene:
         path = scene.path("finetunejobs", api=GROUP)
-        for changed in changes(SEEDS[name], 800 if whole else 60):
+        for changed in changes(SEEDS[name], 800 if whole else 25):
             manifest = copy.deepcopy(changed.manifest)
             del manifest["metadata"]["namespace"]
             answer = await scene.api.create(path, manifest, dryRun="All")
@@ -180,7 +180,7 @@ async def test_a_running_job_changed_and_put_back(theatre: "Theatre", tally: "Ta
         before, work = await at_rest(scene), dict(scene.proxy.work)
         known = (await scene.api.get(scene.job_path())).must(200)
         seed = job_manifest("j", **known["spec"])
-        for changed in changes(seed, 600 if whole else 60):
+        for changed in changes(seed, 600 if whole else 25):
             spec = changed.manifest["spec"]
             if (spec.get("runPolicy") or {}).get("suspend") is True:
                 continue  # The scenarios `suspend` and `resume` are about that.
