@@ -10,7 +10,7 @@ import pytest
 pytestmark = [pytest.mark.integration, pytest.mark.gang]
 
 MEASURE = Path(__file__).parents[2] / "benchmarks" / "sizing" / "measure.py"
-CASES = ["LoRA", "Full, 2 ranks"]
+CASES = ["LoRA"]
 """Of the ten of `make bench-sizing`."""
 
 
