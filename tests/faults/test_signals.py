@@ -78,7 +78,8 @@ def wrong(job: Job, blow: Blow, wanted: dict[str, torch.Tensor]) -> str:
     if found.keys() != wanted.keys() or not all(torch.allclose(found[k], v, atol=1e-5) for k, v in wanted.items()):
         return "another adapter was learned"
     # By then there was a checkpoint.
-    if blow.phase in ("Step", "Saving", "Publishing") and not job.attempts[-1].message.resumed_from_step:
+    late = blow.phase in ("Step", "Saving", "Publishing") and len(job.attempts) > 1
+    if late and not job.attempts[-1].message.resumed_from_step:
         return "it began anew"
     return ""
 

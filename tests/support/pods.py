@@ -206,10 +206,11 @@ def strike(blow: Blow, directory: Path, launcher: "subprocess.Popen[bytes]") -> 
     (directory / "go").touch()
 
 
-def expected(blow: Blow) -> set[Reason]:
-    """How the attempt ends that was struck."""
+def expected(blow: Blow) -> set[Reason | None]:
+    """How the attempt ends that was struck; None: well."""
     if blow.number == signal.SIGSTOP:
         return {Reason.HUNG}
     if blow.number == signal.SIGKILL or blow.phase == "Pulling":
         return {Reason.RANK_FAILED}
-    return {Reason.PREEMPTED}
+    # What is all but done is finished.
+    return {None} if blow.phase == "Publishing" else {Reason.PREEMPTED}
