@@ -112,6 +112,13 @@ def start(devices: Devices, zero: bool) -> Ranks:
     return Ranks(rank, local_rank, world_size, device, control)
 
 
+def on_any(flag: torch.Tensor) -> bool:
+    """Whether it is set on one rank at least: a scalar on the device that models are on. Collective."""
+    number = flag.int()
+    dist.all_reduce(number, op=dist.ReduceOp.MAX)
+    return bool(number)
+
+
 def stop(ranks: Ranks) -> None:
     """Leave together: without it gloo aborts some exits."""
     ranks.barrier()

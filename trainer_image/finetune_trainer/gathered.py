@@ -11,10 +11,10 @@ from typing import Any
 
 import psutil
 import torch
-import torch.distributed as dist
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from finetune_trainer import log
+from finetune_trainer.distributed import on_any
 
 SHARE = 0.5
 """Of the free memory that the weights may take: the rest is for the answers' keys and values."""
@@ -31,7 +31,7 @@ def gathered(engine: Any, device: torch.device) -> Iterator[bool]:
         return
     parameters = list(engine.module.parameters())
     size = sum(p.ds_numel * p.element_size() for p in parameters)
-    if _on_any(size > SHARE * free_memory(device), device):
+    if on_any(torch.tensor(size > SHARE * free_memory(device), device=device)):
         log.event("weights are gathered for every token", level="warning", why="no rank may lack room", bytes=size)
         yield True
         return
@@ -59,9 +59,3 @@ def free_memory(device: torch.device, cgroup: Path = Path("/sys/fs/cgroup")) -> 
     except (OSError, ValueError):
         pass  # no cgroup of version 2 says what the pod may have
     return max(0.0, free) / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def _on_any(flag: bool, device: torch.device) -> bool:
-    number = torch.tensor(int(flag), device=device)
-    dist.all_reduce(number, op=dist.ReduceOp.MAX)
-    return bool(number)

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 
 from finetune_trainer.batches import Ints
+from finetune_trainer.distributed import on_any
 
 Tokens = NDArray[np.integer[Any]]
 
@@ -50,7 +50,8 @@ def sample(
             written[:, place] = token
             lengths += writing
             writing &= ~torch.isin(token, ends)
-            if not _on_any(writing.any(), how.lockstep):
+            more = writing.any()
+            if not (on_any(more) if how.lockstep else more):
                 break
     known, counts = written.cpu().numpy(), lengths.tolist()
     return [known[row, :count] for row, count in enumerate(counts)]
@@ -125,11 +126,3 @@ def _causal(model: Any) -> Any:
     """The transformers model below DDP's or DeepSpeed's wrapper and peft's."""
     model = getattr(model, "module", model)
     return model.get_base_model() if hasattr(model, "peft_config") else model
-
-
-def _on_any(flag: torch.Tensor, lockstep: bool) -> bool:
-    if lockstep:
-        number = flag.int()
-        dist.all_reduce(number, op=dist.ReduceOp.MAX)
-        return bool(number)
-    return bool(flag)
