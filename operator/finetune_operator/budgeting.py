@@ -1,6 +1,7 @@
 """PURE. Whether a namespace's budget of GPU-hours lets a gang start, or go on."""
 
 import datetime
+from collections.abc import Sequence
 
 from finetune_api import budget as budgets
 from finetune_api.budget import HOUR, Account, told
@@ -8,6 +9,7 @@ from finetune_api.failures import Reason
 from finetune_api.jobstatus import Attempt, FineTuneJobStatus
 from finetune_api.profile import FineTuneProfile
 from finetune_operator import attempts as history
+from finetune_operator.meter import Run, expected, run_of
 from finetune_operator.situation import Situation, Step
 from finetune_operator.status import Decision
 
@@ -69,29 +71,12 @@ def _account(situation: Situation, profile: FineTuneProfile) -> Account | None:
     if found is None or profile.spec.budget is None:
         return None
     usage = budgets.current(profile.status.usage.get(situation.subject.namespace), profile.spec.budget, situation.now)
-    own = [a for a in situation.attempts if a.profile == profile.metadata.name]
-    hours = sum(_hours(attempt, usage.until, situation.now) for attempt in own)
+    own = [run for run in _runs(situation.attempts) if run.profile == profile.metadata.name]
+    hours = sum(run.seconds(usage.until, situation.now) for run in own) / HOUR
     if hours:
         # It ran when everybody's was counted: what is expected of it is in the sum.
         found = found._replace(expected=max(0.0, found.expected - (expected(situation.subject.status) or 0.0)))
     return found._replace(spent=found.spent + hours)
-
-
-def _hours(attempt: Attempt, since: datetime.datetime, until: datetime.datetime) -> float:
-    """GPU-hours of an attempt in a span."""
-    if attempt.start_time is None:
-        return 0.0
-    end = (attempt.completion_time or attempt.start_time) if attempt.outcome else until
-    span = min(end, until) - max(attempt.start_time, since)
-    return (attempt.gpus or 0) * max(0.0, span.total_seconds()) / HOUR
-
-
-def expected(status: FineTuneJobStatus) -> float | None:
-    """GPU-hours that a running attempt takes still: by its own pace, else by the estimate; None: nobody knows."""
-    last, trainer = status.attempts[-1], status.trainer_status
-    if trainer and trainer.attempt == last.number and trainer.estimated_remaining_seconds is not None:
-        return trainer.estimated_remaining_seconds * (last.gpus or 0) / HOUR
-    return status.sizing.estimated_gpu_hours if status.sizing else None
 
 
 def remaining(
@@ -102,6 +87,12 @@ def remaining(
     step = trainer.step if trainer else None
     if trainer is None or not step or not trainer.total_steps or trainer.stage:
         return estimate
-    spent = sum(_hours(a, a.start_time, now) for a in attempts if a.start_time)
+    spent = sum(run.seconds(run.start, now) for run in _runs(attempts)) / HOUR
     done = checkpoint.step if checkpoint else 0
     return spent / step * max(0, trainer.total_steps - done) if spent else estimate
+
+
+def _runs(attempts: Sequence[Attempt]) -> list[Run]:
+    """Of one job, whichever it is."""
+    found = (run_of(("", ""), attempt) for attempt in attempts)
+    return [run for run in found if run]

@@ -12,10 +12,9 @@ from typing import NamedTuple
 from pydantic import ValidationError
 
 from finetune_api.budget import HOUR, current
-from finetune_api.jobstatus import FineTuneJobStatus
+from finetune_api.jobstatus import Attempt, FineTuneJobStatus
 from finetune_api.profile import Budget, FineTuneProfile, Usage
 from finetune_operator.accept import Object
-from finetune_operator.budgeting import expected
 
 Key = tuple[str, str]
 
@@ -43,12 +42,27 @@ def runs(raw: Object) -> Iterator[Run]:
         status = FineTuneJobStatus.model_validate(raw.get("status") or {})
     except ValidationError:
         return  # The reconcile says what is wrong with it.
+    key = raw["metadata"]["namespace"], raw["metadata"]["name"]
     for attempt in status.attempts:
-        if attempt.profile and attempt.gpus and attempt.start_time:
-            left = expected(status) or 0.0 if attempt.outcome is None else 0.0
-            end = attempt.completion_time or attempt.start_time if attempt.outcome else None
-            key = raw["metadata"]["namespace"], raw["metadata"]["name"]
-            yield Run(attempt.profile, key, attempt.gpus, attempt.start_time, end, left)
+        run = run_of(key, attempt)
+        if run and run.profile:
+            yield run._replace(expected=expected(status) or 0.0) if run.end is None else run
+
+
+def run_of(key: Key, attempt: Attempt) -> Run | None:
+    """None where it never held any."""
+    if not attempt.gpus or not attempt.start_time:
+        return None
+    end = attempt.completion_time or attempt.start_time if attempt.outcome else None
+    return Run(attempt.profile or "", key, attempt.gpus, attempt.start_time, end)
+
+
+def expected(status: FineTuneJobStatus) -> float | None:
+    """GPU-hours that a running attempt takes still: by its own pace, else by the estimate; None: nobody knows."""
+    last, trainer = status.attempts[-1], status.trainer_status
+    if trainer and trainer.attempt == last.number and trainer.estimated_remaining_seconds is not None:
+        return trainer.estimated_remaining_seconds * (last.gpus or 0) / HOUR
+    return status.sizing.estimated_gpu_hours if status.sizing else None
 
 
 def count(
