@@ -10,7 +10,6 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from aiohttp import web
@@ -18,7 +17,7 @@ from aiohttp import web
 from finetune_operator.cluster import ApiError
 from finetune_operator.metrics import Metrics
 from finetune_operator.review import Malformed, Request, Use, Verdict, answer, judge_job, judge_profile, uses
-from finetune_operator.serving import Listening, TlsServer
+from finetune_operator.serving import Listening, TlsServer, TooLarge, body_of
 
 logger = logging.getLogger(__name__)
 
@@ -40,16 +39,13 @@ class ProfileSource(Protocol):
 
 
 @dataclass(frozen=True)
-class AdmissionOptions:
-    """`tls_folder`, `hosts`: see `tls.ensure`. Times are in seconds."""
+class AdmissionOptions(Listening):
+    """Times are in seconds."""
 
-    tls_folder: Path
-    hosts: tuple[str, ...]
     host: str = "0.0.0.0"
     port: int = 9443
     max_connections: int = 256
-    request_seconds: float = 15.0
-    """From the connection's first byte to the answer's last."""
+    connection_seconds: float = 15.0
     review_seconds: float = 8.0
     """For one review; less than the webhook's timeoutSeconds, so that it is this server that says why."""
     reviews_at_once: int = 32
@@ -64,15 +60,7 @@ class AdmissionServer:
     ) -> None:
         self._cluster, self._profiles, self._options, self._metrics = cluster, profiles, options, metrics
         self._room = asyncio.Semaphore(options.reviews_at_once)
-        listening = Listening(
-            options.tls_folder,
-            options.hosts,
-            options.host,
-            options.port,
-            max_connections=options.max_connections,
-            connection_seconds=options.request_seconds,
-        )
-        self._server = TlsServer("admission webhook", self._answer, listening)
+        self._server = TlsServer("admission webhook", self._answer, options)
 
     async def start(self) -> None:
         """Listens. Raises tls.TlsError, OSError."""
@@ -98,10 +86,10 @@ class AdmissionServer:
             return web.Response(status=405, headers={"Allow": "POST"}, text="use POST\n")
         try:
             async with asyncio.timeout(self._options.review_seconds):
-                request = Request.read(json.loads(await _body(http)))
+                request = Request.read(json.loads(await body_of(http, MAX_BODY)))
                 async with self._room:
                     verdict = await self._judge(request)
-        except _TooLarge:
+        except TooLarge:
             return web.Response(status=413, text=f"a review has at most {MAX_BODY} bytes\n")
         except (Malformed, ValueError, RecursionError) as error:
             return web.Response(status=400, text=f"{error}\n")
@@ -140,18 +128,3 @@ class AdmissionServer:
             if await self._cluster.may(request.user, attributes | {"group": "", "version": "v1"}):
                 return True
         return False
-
-
-class _TooLarge(Exception):
-    pass
-
-
-async def _body(http: web.BaseRequest) -> bytes:
-    if (http.content_length or 0) > MAX_BODY:
-        raise _TooLarge
-    body = bytearray()
-    async for chunk in http.content.iter_any():
-        body += chunk
-        if len(body) > MAX_BODY:
-            raise _TooLarge
-    return bytes(body)

@@ -12,7 +12,6 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from aiohttp import web
@@ -26,7 +25,7 @@ from finetune_operator.metrics import Metrics
 from finetune_operator.progress_auth import Authenticator, ProgressCluster, Refused, check_pod, current_attempt
 from finetune_operator.progress_state import Buckets, JobKey, ProgressBook
 from finetune_operator.progress_writer import ProgressWriter
-from finetune_operator.serving import Listening, TlsServer
+from finetune_operator.serving import Listening, TlsServer, TooLarge, bearer, body_of
 
 logger = logging.getLogger(__name__)
 
@@ -35,14 +34,13 @@ _PATH = re.compile(rf"/apis/{API_VERSION}/namespaces/([a-z0-9-]{{1,63}})/finetun
 
 
 @dataclass(frozen=True)
-class ProgressOptions:
-    """`tls_folder`, `hosts`: see `tls.ensure`. Times are in seconds."""
+class ProgressOptions(Listening):
+    """Times are in seconds."""
 
-    tls_folder: Path
-    hosts: tuple[str, ...]
     host: str = "0.0.0.0"
     port: int = 8443
-    """0: chosen by the kernel."""
+    max_connections: int = 1024
+    connection_seconds: float = 15.0
     write_interval: float = 5.0
     reports_per_second: float = 1.0
     """Of one job, in the long run; `burst` at once."""
@@ -50,9 +48,6 @@ class ProgressOptions:
     strangers_per_second: float = 20.0
     """Requests of one address with a token that is not known yet: each costs a TokenReview."""
     stranger_burst: float = 100.0
-    max_connections: int = 1024
-    request_seconds: float = 15.0
-    """From the connection's first byte to the answer's last."""
     call_seconds: float = 4.0
     """For the API server's part of a request: a stock Trainer gives up after five."""
 
@@ -82,15 +77,7 @@ class ProgressServer:
             monotonic=monotonic,
             call_seconds=options.call_seconds * 2,
         )
-        listening = Listening(
-            options.tls_folder,
-            options.hosts,
-            options.host,
-            options.port,
-            max_connections=options.max_connections,
-            connection_seconds=options.request_seconds,
-        )
-        self._server = TlsServer("progress server", self._answer, listening, clock=clock)
+        self._server = TlsServer("progress server", self._answer, options, clock=clock)
 
     async def start(self) -> None:
         """Listens. Raises tls.TlsError, OSError."""
@@ -139,7 +126,7 @@ class ProgressServer:
             attempt = current_attempt(job)
             pod = await self._cluster.get_pod(key.namespace, identity.pod_name)
             check_pod(pod, identity, attempt, key.name)
-        report = parse(await _body(request), self._clock())
+        report = parse(await body_of(request, MAX_BODY), self._clock())
         self._writer.accept(key, attempt.job_uid, attempt.number, report)
 
 
@@ -150,6 +137,8 @@ def _refusal(error: Exception) -> Refused:
     if isinstance(error, ApiError | TimeoutError):
         logger.warning("a progress report cannot be checked: %s", str(error) or "the API server does not answer")
         return Refused(503, "ServiceUnavailable", "the API server does not answer; report again later", 5)
+    if isinstance(error, TooLarge):
+        return Refused(413, "RequestEntityTooLarge", f"a report has at most {MAX_BODY} bytes")
     if isinstance(error, web.RequestPayloadError):
         return Refused(400, "BadRequest", f"the body cannot be read: {error}")
     logger.error("a progress report could not be handled", exc_info=error)
@@ -182,22 +171,9 @@ def _key(request: web.BaseRequest) -> JobKey:
 
 
 def _bearer(request: web.BaseRequest) -> str:
-    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not (token := token.strip()) or not token.isascii():
+    if (token := bearer(request.headers.get("Authorization", ""))) is None:
         raise Refused(401, "Unauthorized", "a bearer token is required: the one projected into the trainer's pod")
     return token
-
-
-async def _body(request: web.BaseRequest) -> bytes:
-    too_large = Refused(413, "RequestEntityTooLarge", f"a report has at most {MAX_BODY} bytes")
-    if (request.content_length or 0) > MAX_BODY:
-        raise too_large
-    body = bytearray()
-    async for chunk in request.content.iter_any():
-        body += chunk
-        if len(body) > MAX_BODY:
-            raise too_large
-    return bytes(body)
 
 
 def _status(refusal: Refused) -> web.Response:

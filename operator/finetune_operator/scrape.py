@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 from finetune_operator.cluster import ApiError
 from finetune_operator.metrics import Metrics
 from finetune_operator.progress_state import Buckets
-from finetune_operator.serving import Listening, TlsServer
+from finetune_operator.serving import Listening, TlsServer, bearer
 
 logger = logging.getLogger(__name__)
 PATH = "/metrics"
@@ -49,8 +49,7 @@ class Access:
 
     async def check(self, authorization: str, remote: str | None) -> int:
         """200, or the HTTP code of the refusal."""
-        scheme, _, token = authorization.partition(" ")
-        if scheme.lower() != "bearer" or not (token := token.strip()) or not token.isascii():
+        if (token := bearer(authorization)) is None:
             return 401
         digest, now = hashlib.sha256(token.encode()).digest(), self._monotonic()
         code, until = self._known.get(digest, (0, 0.0))

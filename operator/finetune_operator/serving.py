@@ -35,6 +35,29 @@ class Listening:
     """From the connection's first byte to the last answer's last one."""
 
 
+class TooLarge(Exception):
+    """A body has more bytes than it may."""
+
+
+async def body_of(request: web.BaseRequest, limit: int) -> bytes:
+    """At most `limit` bytes are read. Raises TooLarge."""
+    if (request.content_length or 0) > limit:
+        raise TooLarge
+    body = bytearray()
+    async for chunk in request.content.iter_any():
+        body += chunk
+        if len(body) > limit:
+            raise TooLarge
+    return bytes(body)
+
+
+def bearer(authorization: str) -> str | None:
+    """The token of an Authorization header; None where it is none."""
+    scheme, _, token = authorization.partition(" ")
+    token = token.strip()
+    return token if scheme.lower() == "bearer" and token and token.isascii() else None
+
+
 def _is_news(record: logging.LogRecord) -> bool:
     """Not what is no HTTP: strangers could fill the log with it, a stack for each of their requests."""
     error = record.exc_info[1] if record.exc_info else None

@@ -54,7 +54,7 @@ async def served(cluster: "Sandbox", api: Api, namespace: str, tmp_path: Path) -
     await job.set_status(attempts=[attempt.entry()])
     async with (
         kube_cluster(cluster.kubeconfig) as kube,
-        progress_server(kube, tmp_path, request_seconds=2.0, stranger_burst=10_000.0) as (server, post),
+        progress_server(kube, tmp_path, connection_seconds=2.0, stranger_burst=10_000.0) as (server, post),
     ):
         yield server, post, job, await job.token(attempt.pod)
 

@@ -337,7 +337,7 @@ async def open_connection(post: Post) -> tuple[asyncio.StreamReader, asyncio.Str
 
 @pytest.mark.parametrize("sent", [b"", b"POST /", b"POST / HTTP/1.1\r\nHost: a\r\nX-Slow: "])
 async def test_whoever_dawdles_is_cut_off(kube: KubeCluster, tmp_path: Path, sent: bytes) -> None:
-    async with progress_server(kube, tmp_path, request_seconds=0.3) as (_, post):
+    async with progress_server(kube, tmp_path, connection_seconds=0.3) as (_, post):
         reader, writer = await open_connection(post)
         writer.write(sent)
         await writer.drain()
@@ -349,7 +349,7 @@ async def test_whoever_dawdles_is_cut_off(kube: KubeCluster, tmp_path: Path, sen
 async def test_a_body_that_dribbles_in_is_cut_off(
     kube: KubeCluster, tmp_path: Path, job: Reporting, token: str
 ) -> None:
-    async with progress_server(kube, tmp_path, request_seconds=1.0) as (_, post):
+    async with progress_server(kube, tmp_path, connection_seconds=1.0) as (_, post):
         reader, writer = await open_connection(post)
         head = f"POST {job.path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 100\r\n"
         writer.write(f"{head}Authorization: Bearer {token}\r\n\r\n{{".encode())
