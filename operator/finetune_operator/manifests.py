@@ -20,7 +20,7 @@ from finetune_api.progress import audience
 from finetune_api.run import Devices, PreparedSummary, RunConfig
 from finetune_api.signature import Signature
 from finetune_api.sizing import Sizing
-from finetune_operator import network, snapshot
+from finetune_operator import network, restricted, snapshot
 from finetune_operator.snapshot import Snapshot
 
 Object = dict[str, Any]
@@ -36,7 +36,6 @@ GPUS = "finetune.dev/gpus"
 PREPARE = "prepare"
 CONTAINER = "trainer"
 PORT = 29500
-USER = 65532
 PREPARE_RETRIES = 3
 """Fresh pods of `prepare` after the first, with the Job controller's own back-off."""
 
@@ -313,11 +312,7 @@ class _Builder:
             "resources": resources,
             "terminationMessagePath": "/dev/termination-log",
             "terminationMessagePolicy": "File",
-            "securityContext": {
-                "allowPrivilegeEscalation": False,
-                "capabilities": {"drop": ["ALL"]},
-                "readOnlyRootFilesystem": True,
-            },
+            "securityContext": restricted.CONTAINER,
             "volumeMounts": [
                 {"name": "run", "mountPath": "/etc/finetune", "readOnly": True},
                 {"name": "progress", "mountPath": "/var/run/finetune", "readOnly": True},
@@ -325,23 +320,16 @@ class _Builder:
                 {"name": "shm", "mountPath": "/dev/shm"},
             ],
         }
-        spec = placement | {
+        group = {"fsGroup": restricted.USER, "fsGroupChangePolicy": "OnRootMismatch"}
+        own_spec = {
             "restartPolicy": "Never",
             "terminationGracePeriodSeconds": profile.termination_grace_period_seconds,
             "serviceAccountName": credentials and credentials.service_account_name,
-            "automountServiceAccountToken": False,
-            "enableServiceLinks": False,
-            "securityContext": {
-                "runAsNonRoot": True,
-                "runAsUser": USER,
-                "runAsGroup": USER,
-                "fsGroup": USER,
-                "fsGroupChangePolicy": "OnRootMismatch",
-                "seccompProfile": {"type": "RuntimeDefault"},
-            },
+            "securityContext": restricted.POD["securityContext"] | group,
             "containers": [_without_none(container)],
             "volumes": self._volumes(shm),
         }
+        spec = placement | restricted.POD | own_spec
         return {"metadata": {"labels": self.labels()}, "spec": _without_none(spec)}
 
     def _volumes(self, shm: str) -> list[Object]:

@@ -7,7 +7,8 @@ from typing import Any
 
 from finetune_api.nettest import DENIED, FREE, PODS, Reach
 from finetune_api.profile import FineTuneProfile, NetworkStatus
-from finetune_operator.manifests import CONTAINER, PORT, USER
+from finetune_operator import restricted
+from finetune_operator.manifests import CONTAINER, PORT
 from finetune_operator.network import DNS_RULE
 
 Object = dict[str, Any]
@@ -103,27 +104,11 @@ def _pod(profile: FineTuneProfile, name: str, namespace: str) -> Object:
         "env": env,
         "resources": {"requests": {"cpu": "10m", "memory": "64Mi"}, "limits": {"memory": "256Mi"}},
         "terminationMessagePath": "/dev/termination-log",
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "capabilities": {"drop": ["ALL"]},
-            "readOnlyRootFilesystem": True,
-        },
+        "securityContext": restricted.CONTAINER,
     }
     if profile.spec.image_pull_policy:
         container["imagePullPolicy"] = profile.spec.image_pull_policy
-    return {
-        "restartPolicy": "Never",
-        "subdomain": name,
-        "automountServiceAccountToken": False,
-        "enableServiceLinks": False,
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": USER,
-            "runAsGroup": USER,
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
-        "containers": [container],
-    }
+    return restricted.POD | {"restartPolicy": "Never", "subdomain": name, "containers": [container]}
 
 
 def ended(job: Object) -> bool:
