@@ -13,7 +13,6 @@ from support.gang import make_gang, make_tiny_model
 from support.pods import PHASES, Blow, Job, expected
 from support.s3 import S3, running_s3
 from support.tally import Tally
-from support.warm import warm_start
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800), pytest.mark.gang]
 ALL = [
@@ -46,16 +45,15 @@ def test_a_job_survives_what_happens_to_its_ranks(
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
     results = {}
-    with warm_start() as variables:
-        undisturbed = Job.make(tmp_path / "undisturbed", s3, model, "undisturbed", variables)
-        assert undisturbed.run() == ""
-        wanted = undisturbed.adapter()
-        for number, blow in enumerate(ALL if whole else SAMPLE):
-            job = Job.make(tmp_path / str(number), s3, model, f"blow-{number}", variables)
-            try:
-                results[str(blow)] = job.run(blow) or wrong(job, blow, wanted)
-            except AssertionError as error:
-                results[str(blow)] = str(error)
+    undisturbed = Job.make(tmp_path / "undisturbed", s3, model, "undisturbed")
+    assert undisturbed.run() == ""
+    wanted = undisturbed.adapter()
+    for number, blow in enumerate(ALL if whole else SAMPLE):
+        job = Job.make(tmp_path / str(number), s3, model, f"blow-{number}")
+        try:
+            results[str(blow)] = job.run(blow) or wrong(job, blow, wanted)
+        except AssertionError as error:
+            results[str(blow)] = str(error)
     tally.count("signals to ranks", results)
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from finetune_api.failures import TerminationMessage
+from support import rights
 from support.api import Object
 from support.operating import GROUP, Scene
 from support.waiting import eventually
@@ -74,30 +75,6 @@ async def test_a_namespace_runs_as_many_jobs_as_it_may_and_the_next_one_follows(
     await scene.reaches("Starting", "k")
 
 
-WORKLOADS = {
-    "apiVersion": "apiextensions.k8s.io/v1",
-    "kind": "CustomResourceDefinition",
-    "metadata": {
-        "name": "workloads.kueue.x-k8s.io",
-        # The real API server asks for it of such groups.
-        "annotations": {"api-approved.kubernetes.io": "unapproved, a test's"},
-    },
-    "spec": {
-        "group": "kueue.x-k8s.io",
-        "scope": "Namespaced",
-        "names": {"kind": "Workload", "listKind": "WorkloadList", "plural": "workloads", "singular": "workload"},
-        "versions": [
-            {
-                "name": "v1beta1",
-                "served": True,
-                "storage": True,
-                "schema": {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": True}},
-            }
-        ],
-    },
-}
-
-
 async def test_a_gang_in_a_queue_says_what_kueue_says(scene: Scene) -> None:
     await scene.operator.start(RESYNC_SECONDS="1")
     await scene.submit(queue={"name": "q"})
@@ -110,10 +87,7 @@ async def test_a_gang_in_a_queue_says_what_kueue_says(scene: Scene) -> None:
     gang = (await scene.api.get(scene.path("jobs", "j-0"))).must(200)
     assert gang["spec"]["suspend"] is True
     await says("attempt 0 waits for queue q: the API server knows no Workloads; Kueue is not installed")
-    answer = await scene.api.create("/apis/apiextensions.k8s.io/v1/customresourcedefinitions", WORKLOADS)
-    assert answer.status in (201, 409)
     path = scene.path("workloads", api="/apis/kueue.x-k8s.io/v1beta1")
-    await eventually(lambda: scene.api.get(path), "Workloads", until=lambda found: found.status == 200, timeout=30)
     full = {"type": "QuotaReserved", "status": "False", "reason": "Pending", "message": "8 more needed"}
     workload = {
         "apiVersion": "kueue.x-k8s.io/v1beta1",
@@ -122,11 +96,12 @@ async def test_a_gang_in_a_queue_says_what_kueue_says(scene: Scene) -> None:
         "spec": {"active": True},
         "status": {"conditions": [full]},
     }
-    (await scene.api.create(path, workload)).must(201)
-    # Whoever touches the job is heard at once; else the queue is asked once a minute.
-    (await scene.api.patch(scene.job_path(), {"metadata": {"annotations": {"look": "again"}}})).must(200)
-    await says("attempt 0 waits for queue q: no quota yet: 8 more needed")
-    (await scene.api.patch(scene.path("jobs", "j-0"), {"spec": {"suspend": False}})).must(200)
-    await scene.run("j-0")
-    status = await scene.reaches("Running")
-    assert status["attempts"][0]["startTime"]
+    async with rights.kueue(scene.api):
+        (await scene.api.create(path, workload)).must(201)
+        # Whoever touches the job is heard at once; else the queue is asked once a minute.
+        (await scene.api.patch(scene.job_path(), {"metadata": {"annotations": {"look": "again"}}})).must(200)
+        await says("attempt 0 waits for queue q: no quota yet: 8 more needed")
+        (await scene.api.patch(scene.path("jobs", "j-0"), {"spec": {"suspend": False}})).must(200)
+        await scene.run("j-0")
+        status = await scene.reaches("Running")
+        assert status["attempts"][0]["startTime"]

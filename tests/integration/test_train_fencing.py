@@ -11,7 +11,6 @@ from finetune_trainer.storage import Store
 from support.gang import Gang, make_gang, make_tiny_model
 from support.pods import Job
 from support.s3 import S3, running_s3
-from support.warm import warm_start
 
 pytestmark = [pytest.mark.integration, pytest.mark.gang]
 
@@ -56,12 +55,11 @@ def test_an_attempt_whose_job_is_done_needs_nothing_of_what_was_removed(
     """Its last word was lost after the output had been published and the scratch prefix cleaned up."""
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
-    with warm_start() as variables:
-        job = Job.make(tmp_path / "job", s3, model, "cleaned", variables)
-        first = job.attempt()
-        assert first.message.reason is None, first.output
-        assert job.scratch() == {"data/data-report.json"}
-        again = job.attempt()
+    job = Job.make(tmp_path / "job", s3, model, "cleaned")
+    first = job.attempt()
+    assert first.message.reason is None, first.output
+    assert job.scratch() == {"data/data-report.json"}
+    again = job.attempt()
     assert again.message.reason is None, again.output
     assert again.message.result == first.message.result
     assert '"event": "step"' not in again.output
@@ -71,9 +69,8 @@ def test_what_is_to_be_retained_is(s3: S3, model: Path, tmp_path: Path, monkeypa
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
     checkpoint = {"interval": {"type": "Steps", "steps": 8}, "whenComplete": "Retain"}
-    with warm_start() as variables:
-        job = Job.make(tmp_path / "job", s3, model, "retained", variables, checkpoint=checkpoint)
-        assert job.run() == ""
+    job = Job.make(tmp_path / "job", s3, model, "retained", checkpoint=checkpoint)
+    assert job.run() == ""
     assert {"data/index.json", "checkpoints/step-00000008/manifest.json"} <= job.scratch()
 
 

@@ -14,19 +14,12 @@ from support.s3 import S3, running_s3
 from support.staging import StagedJob, jsonl, make_staged_job
 from support.teaching import GOOD
 from support.tiny import make_tiny_model
-from support.warm import warm_start
 from support.writing import KNOWN, known_rows, make_writer
 
 pytestmark = [pytest.mark.integration, pytest.mark.gang]
 GENERATE = {"count": 24, "shots": 1, "maxNewTokens": 40, "temperature": 1.0, "maxSimilarity": 0.9}
 SEEDS = [{"name": "known", "uri": "s3://bucket/data/known.jsonl"}]
 ROWS = [{"name": "more", "uri": "stage://more"}]
-
-
-@pytest.fixture(scope="module")
-def warm() -> Iterator[dict[str, str]]:
-    with warm_start() as variables:
-        yield variables
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +34,13 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
         yield server
 
 
-def job_of(directory: Path, s3: S3, warm: dict[str, str], name: str, workers: int = 1, **fields: Any) -> StagedJob:
+def job_of(directory: Path, s3: S3, name: str, workers: int = 1, **fields: Any) -> StagedJob:
     generate = GENERATE | fields.pop("generate", {})
     stages = [{"name": "more", "datasets": SEEDS, "generate": generate}, {"name": "learn", "datasets": ROWS}]
     training = {"globalBatchSize": 4, "maxSteps": 3, "learningRate": 0.01, "maxLength": 64}
     options = {"validation": None, "training": training, "dataPolicy": {"similarity": 1}} | fields
     chosen = {key: value for key, value in options.items() if value is not None}
-    return make_staged_job(directory, s3, warm, name, stages, workers=workers, micro_batch=2, **chosen)
+    return make_staged_job(directory, s3, name, stages, workers=workers, micro_batch=2, **chosen)
 
 
 def written(job: StagedJob) -> list[dict[str, Any]]:
@@ -56,9 +49,9 @@ def written(job: StagedJob) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def alone(s3: S3, warm: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> StagedJob:
+def alone(s3: S3, tmp_path_factory: pytest.TempPathFactory) -> StagedJob:
     """By one worker; finished."""
-    job = job_of(tmp_path_factory.mktemp("alone"), s3, warm, "alone")
+    job = job_of(tmp_path_factory.mktemp("alone"), s3, "alone")
     assert job.prepare().reason is None
     job.run()
     return job
@@ -82,12 +75,10 @@ def test_rows_are_new_say_where_they_come_from_and_are_learned(alone: StagedJob)
     assert "learn/trainLoss" in metrics
 
 
-def test_two_workers_write_the_same_rows_and_so_does_a_teacher(
-    alone: StagedJob, s3: S3, warm: dict[str, str], tmp_path: Path
-) -> None:
+def test_two_workers_write_the_same_rows_and_so_does_a_teacher(alone: StagedJob, s3: S3, tmp_path: Path) -> None:
     teacher = {"teacher": {"uri": "s3://bucket/models/tiny/"}}
     pupil = {"uri": "s3://bucket/models/pupil/"}
-    job = job_of(tmp_path, s3, warm, "taught", workers=2, generate=teacher, baseModel=pupil)
+    job = job_of(tmp_path, s3, "taught", workers=2, generate=teacher, baseModel=pupil)
     assert job.prepare().reason is None
     job.run()
     one, two = written(alone), written(job)
@@ -96,10 +87,8 @@ def test_two_workers_write_the_same_rows_and_so_does_a_teacher(
     assert {row["source"]["model"] for row in two} == {"s3://bucket/models/tiny/"}
 
 
-def test_a_stage_that_is_interrupted_goes_on_where_it_was(
-    alone: StagedJob, s3: S3, warm: dict[str, str], tmp_path: Path
-) -> None:
-    job = job_of(tmp_path, s3, warm, "interrupted")
+def test_a_stage_that_is_interrupted_goes_on_where_it_was(alone: StagedJob, s3: S3, tmp_path: Path) -> None:
+    job = job_of(tmp_path, s3, "interrupted")
     assert job.prepare().reason is None
     attempt = job.start()
     attempt.until(lambda: any(event.get("phase") == "Training" for event in attempt.events("phase")))
@@ -113,11 +102,10 @@ def test_a_stage_that_is_interrupted_goes_on_where_it_was(
     assert not job.keys("stages/more-partial")
 
 
-def test_a_model_that_cannot_write_rows_is_told_of(s3: S3, warm: dict[str, str], tmp_path: Path) -> None:
+def test_a_model_that_cannot_write_rows_is_told_of(s3: S3, tmp_path: Path) -> None:
     job = job_of(
         tmp_path,
         s3,
-        warm,
         "dumb",
         generate={"count": 1, "maxNewTokens": 4},
         baseModel={"uri": "s3://bucket/models/pupil/"},

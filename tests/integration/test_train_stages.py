@@ -17,16 +17,9 @@ from finetune_trainer.results import Record
 from support.s3 import S3, running_s3
 from support.staging import StagedJob, jsonl, make_staged_job
 from support.teaching import BAD, GOOD, make_model
-from support.warm import warm_start
 
 pytestmark = [pytest.mark.integration, pytest.mark.gang]
 TOLERANCE = 1e-4
-
-
-@pytest.fixture(scope="module")
-def warm() -> Iterator[dict[str, str]]:
-    with warm_start() as variables:
-        yield variables
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +95,9 @@ def loss_of(model: Any, examples: list[tuple[list[int], list[int]]]) -> float:
 
 
 @pytest.fixture(scope="module")
-def carried(s3: S3, warm: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> StagedJob:
+def carried(s3: S3, tmp_path_factory: pytest.TempPathFactory) -> StagedJob:
     """Two stages with contradictory data and the same tuning, on one worker; finished."""
-    job = make_staged_job(tmp_path_factory.mktemp("carried"), s3, warm, "carried", CONTRARY)
+    job = make_staged_job(tmp_path_factory.mktemp("carried"), s3, "carried", CONTRARY)
     assert job.prepare().reason is None
     job.run()
     return job
@@ -143,13 +136,11 @@ def test_what_a_stage_leaves_in_the_scratch_prefix(carried: StagedJob) -> None:
     assert not carried.keys("stages/second/")
 
 
-def test_a_stage_that_is_finished_is_not_repeated(
-    carried: StagedJob, s3: S3, warm: dict[str, str], tmp_path: Path
-) -> None:
+def test_a_stage_that_is_finished_is_not_repeated(carried: StagedJob, s3: S3, tmp_path: Path) -> None:
     """On two workers, the second of which is asked to end while stage two is trained."""
     often = {"checkpoint": {"interval": {"type": "Steps", "steps": 2}, "keep": 2}}
     slow = [CONTRARY[0], CONTRARY[1] | {"training": {"maxSteps": 24}}]
-    job = make_staged_job(tmp_path, s3, warm, "again", slow, workers=2, **often)
+    job = make_staged_job(tmp_path, s3, "again", slow, workers=2, **often)
     assert job.prepare().reason is None
     first = job.start()
     first.until(lambda: len([event for event in first.events("step") if event["of"] == 24]) >= 3)
@@ -172,9 +163,7 @@ def test_a_stage_that_is_finished_is_not_repeated(
     assert figures(job, 1)["first/evalLoss"] == pytest.approx(figures(carried)["first/evalLoss"], abs=1e-3)
 
 
-def test_adapters_are_merged_where_the_next_stage_trains_another(
-    s3: S3, warm: dict[str, str], model: Path, tmp_path: Path
-) -> None:
+def test_adapters_are_merged_where_the_next_stage_trains_another(s3: S3, model: Path, tmp_path: Path) -> None:
     """SFT, then DPO with another LoRA, on two workers: both pods merge, and the whole model is published."""
     import torch
     from peft import PeftModel
@@ -184,7 +173,7 @@ def test_adapters_are_merged_where_the_next_stage_trains_another(
         {"name": "sft", "datasets": dataset("good")},
         {"name": "dpo", "method": {"type": "DPO"}, "tuning": OTHER_LORA, "datasets": dataset("preferred")},
     ]
-    job = make_staged_job(tmp_path / "job", s3, warm, "merged", stages, workers=2)
+    job = make_staged_job(tmp_path / "job", s3, "merged", stages, workers=2)
     assert job.prepare().reason is None
     attempt = job.start()
     attempt.done()
@@ -210,13 +199,13 @@ def test_adapters_are_merged_where_the_next_stage_trains_another(
     assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), whole.parameters(), strict=True))
 
 
-def test_an_adapter_upon_a_model_that_was_trained_whole(s3: S3, warm: dict[str, str], tmp_path: Path) -> None:
+def test_an_adapter_upon_a_model_that_was_trained_whole(s3: S3, tmp_path: Path) -> None:
     """Full, then LoRA."""
     from transformers import AutoModelForCausalLM
 
     full = {"tuning": {"type": "Full"}, "training": {"learningRate": 0.005}}
     stages = [{"name": "full", "datasets": dataset("good")} | full, {"name": "lora", "datasets": dataset("bad")}]
-    job = make_staged_job(tmp_path / "job", s3, warm, "whole", stages)
+    job = make_staged_job(tmp_path / "job", s3, "whole", stages)
     assert job.prepare().reason is None
     job.run()
     assert published(job).kind == "Model"
@@ -227,13 +216,13 @@ def test_an_adapter_upon_a_model_that_was_trained_whole(s3: S3, warm: dict[str, 
     assert found["evalLoss"] < found["evalLossBefore"]
 
 
-def test_rows_that_a_stage_wrote_are_prepared_in_the_gang(s3: S3, warm: dict[str, str], tmp_path: Path) -> None:
+def test_rows_that_a_stage_wrote_are_prepared_in_the_gang(s3: S3, tmp_path: Path) -> None:
     """What the stage that generates leaves is put there by hand: an earlier attempt may have run it."""
     stages = [
         {"name": "written", "generate": {"count": 96}},
         {"name": "learned", "datasets": [{"name": "rows", "uri": "stage://written"}]},
     ]
-    job = make_staged_job(tmp_path, s3, warm, "rows", stages, workers=2, datasets=dataset("good"))
+    job = make_staged_job(tmp_path, s3, "rows", stages, workers=2, datasets=dataset("good"))
     prepared = job.prepare().prepared
     assert prepared
     assert [part.max_tokens > 0 for part in prepared.stages] == [True, False]

@@ -1,16 +1,12 @@
 """A gang of ranks as real processes over gloo: model and shards on each pod's disk, checkpoints and output in S3."""
 
-import functools
 import hashlib
 import json
-import multiprocessing
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +19,10 @@ from finetune_api.run import PreparedData, RunConfig, Shard
 from finetune_trainer.outcome import read_outcome
 from finetune_trainer.underway import at_work
 from finetune_trainer.workdir import WorkDir
+from support import warm
 from support.runs import JOB_UID, events_of, make_run_config
 from support.s3 import S3, unused_port
-from support.warm import LATER
+from support.warm_start.sitecustomize import Fork
 
 VOCABULARY = 64
 SHAPE = {
@@ -86,33 +83,6 @@ def make_examples(count: int, seed: int = 0) -> list[Example]:
     return examples
 
 
-@functools.cache
-def forking() -> ForkServerContext:
-    """Processes that start with the trainer imported: `python -m` would spend five seconds on that, for each rank."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["finetune_trainer.train", *LATER])
-    return context
-
-
-def _run_rank(env: dict[str, str], log: Path) -> None:
-    """What `python -m finetune_trainer.train` does, in a process of its own, with its output in a file."""
-    import torch
-
-    from finetune_trainer.train import main
-
-    # OMP_NUM_THREADS was read when torch was imported, before there was a rank.
-    torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
-    os.environ.clear()
-    os.environ.update(env)
-    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(descriptor, stream)
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
 @dataclass
 class Gang:
     """One job: `config` says how many pods and processes; every pod has a folder of its own below `directory`."""
@@ -125,7 +95,7 @@ class Gang:
     validation: list[Example] = field(default_factory=list)
     env: dict[str, str] = field(default_factory=dict)
     attempt_uid: str = "attempt-0"
-    processes: list[ForkServerProcess] = field(default_factory=list)
+    processes: list[Fork] = field(default_factory=list)
 
     def work(self, rank: int) -> WorkDir:
         return WorkDir(self.directory / f"pod-{rank // self.config.devices.processes_per_worker}" / "work")
@@ -217,7 +187,7 @@ class Gang:
         keys = self.s3.keys(bucket, prefix)
         return sorted(int(key.split("/step-")[1][:8]) for key in keys if key.endswith("/manifest.json"))
 
-    def _spawn(self, rank: int, port: str) -> ForkServerProcess:
+    def _spawn(self, rank: int, port: str) -> Fork:
         devices = self.config.devices
         env = os.environ | self.s3.environment | {
             "FINETUNE_RUN_CONFIG": str(self.directory / "run.json"),
@@ -232,12 +202,11 @@ class Gang:
             "MASTER_PORT": port,
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
+            **warm.variables(),
         } | self.env  # fmt: skip
         log = self.directory / f"rank-{rank}.log"
-        log.write_bytes(b"")
-        process = forking().Process(target=_run_rank, args=(env, log))
-        process.start()
-        return process
+        with log.open("wb") as output:
+            return Fork("finetune_trainer.train", [], env, os.getcwd(), {1: output.fileno(), 2: output.fileno()})
 
     def _index(self) -> PreparedData:
         shards = [

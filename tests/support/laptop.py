@@ -17,8 +17,8 @@ from finetune_cli import laptop
 from finetune_cli.cluster import PROFILES, Target
 from finetune_cli.objectstore import Location, Store
 from finetune_sandbox.up import SandboxInfo
+from support import warm
 from support.tiny import make_tiny_model
-from support.warm import warm_start
 
 BUCKET = laptop.BUCKET
 TEXT = "apple river stone cloud window garden paper silver morning engine letter yellow market summer bridge"
@@ -100,19 +100,31 @@ def write_facts(path: Path, count: int = 240) -> Path:
 
 
 @contextmanager
+def started(directory: Path, **resources: str) -> Iterator[SandboxInfo]:
+    """A laptop whose pods start with the trainer imported: on two cores that would be most of their work.
+
+    `resources` replace what its profile asks for a worker and for `prepare`.
+    """
+    info = laptop.start(directory / "sandbox")
+    try:
+        profile = laptop.profile(info)
+        spec = profile["spec"]
+        spec["environment"] = [{"name": name, "value": value} for name, value in warm.variables().items()]
+        spec["resources"] |= resources
+        spec["prepare"] |= resources
+        clusters.run(Target(info.kubeconfig), lambda cluster: cluster.apply(PROFILES, profile))
+        yield info
+    finally:
+        laptop.stop(directory / "sandbox")
+
+
+@contextmanager
 def running_laptop(directory: Path) -> Iterator[Laptop]:
-    """Its pods start with the trainer imported: on two cores that would be most of their work."""
-    with warm_start() as variables:
-        info = laptop.start(directory / "sandbox")
-        try:
-            found = Laptop(directory, info, laptop.store(info))
-            profile = laptop.profile(info)
-            profile["spec"]["environment"] = [{"name": name, "value": value} for name, value in variables.items()]
-            clusters.run(Target(info.kubeconfig), lambda cluster: cluster.apply(PROFILES, profile))
-            model = make_tiny_model(directory / "tiny", vocab_text=" ".join(WORDS) + " Number repeat 0123456789:.\n")
-            for path in model.iterdir():
-                found.put(path, f"models/tiny/{path.name}")
-            found.put(write_facts(directory / "facts.jsonl"), "data/facts.jsonl")
-            yield found
-        finally:
-            laptop.stop(directory / "sandbox")
+    """With a tiny model and data in it."""
+    with started(directory) as info:
+        found = Laptop(directory, info, laptop.store(info))
+        model = make_tiny_model(directory / "tiny", vocab_text=" ".join(WORDS) + " Number repeat 0123456789:.\n")
+        for path in model.iterdir():
+            found.put(path, f"models/tiny/{path.name}")
+        found.put(write_facts(directory / "facts.jsonl"), "data/facts.jsonl")
+        yield found

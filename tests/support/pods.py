@@ -26,6 +26,7 @@ from finetune_trainer.publish import fetch_verified
 from finetune_trainer.storage import Store
 from finetune_trainer.underway import at_work
 from finetune_trainer.workdir import WorkDir
+from support import warm
 from support.gang import Gang, make_gang
 from support.runs import pod_environment
 from support.s3 import S3, unused_port
@@ -78,13 +79,10 @@ class Ended(NamedTuple):
 class Job:
     gang: Gang
     environment: Mapping[str, str]
-    """Of `support.warm`."""
     attempts: list[Ended] = field(default_factory=list)
 
     @classmethod
-    def make(
-        cls, directory: Path, s3: S3, model: Path, prefix: str, environment: Mapping[str, str], **spec: Any
-    ) -> Self:
+    def make(cls, directory: Path, s3: S3, model: Path, prefix: str, **spec: Any) -> Self:
         """One pod of two ranks; 12 steps, a checkpoint after every third."""
         chosen: dict[str, Any] = {
             "training": {"maxSteps": 12, "learningRate": 0.005},
@@ -94,7 +92,8 @@ class Job:
         gang = make_gang(
             directory, s3, model, bucket_prefix=prefix, workers=1, processes=2, micro_batch=8, **(chosen | spec)
         )
-        return cls(gang, environment | s3.environment | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}).upload()
+        quiet = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        return cls(gang, warm.variables() | s3.environment | quiet).upload()
 
     def upload(self) -> Self:
         s3, config = self.gang.s3, self.gang.config

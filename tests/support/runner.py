@@ -14,14 +14,14 @@ import aiohttp
 
 from finetune_cli import artifact, follow, jobview, laptop
 from finetune_cli import cluster as clusters
-from finetune_cli.cluster import JOBS, PROFILES, Cluster, Target
+from finetune_cli.cluster import JOBS, Cluster, Target
 from finetune_cli.errors import CliError
 from finetune_cli.objectstore import Location, Store
 from finetune_sandbox.client import ApiError
 from finetune_sandbox.up import SandboxInfo
 from support import judging, matrix, teaching
+from support.laptop import started
 from support.matrix import Cell, Spec
-from support.warm import warm_start
 
 TRAINED, MINUTES = 120, 5.0
 
@@ -123,22 +123,14 @@ class Runner:
 
 @contextmanager
 def running(directory: Path, at_once: int = 2) -> Iterator[Runner]:
-    """A laptop with the matrix's model and data in it; pods start with the trainer imported."""
+    """A laptop with the matrix's model and data in it."""
     directory.mkdir(parents=True, exist_ok=True)
-    with warm_start() as variables:
-        info = laptop.start(directory / "sandbox")
-        try:
-            runner = Runner(directory, info, laptop.store(info), at_once)
-            profile = laptop.profile(info)
-            profile["spec"]["environment"] = [{"name": name, "value": value} for name, value in variables.items()]
-            # Several gangs at a time on few cores.
-            profile["spec"]["resources"]["cpu"] = profile["spec"]["prepare"]["cpu"] = "100m"
-            clusters.run(Target(info.kubeconfig), lambda cluster: cluster.apply(PROFILES, profile))
-            for path in teaching.make_model(directory / "base").iterdir():
-                runner.put(path, f"{matrix.BUCKET}/models/matrix/{path.name}")
-            for name, dataset in matrix.SETS.items():
-                rows = teaching.write_rows(directory / f"{name}.jsonl", dataset, TRAINED, unpaired=name == "judged")
-                runner.put(rows, f"{matrix.BUCKET}/matrix/{name}.jsonl")
-            yield runner
-        finally:
-            laptop.stop(directory / "sandbox")
+    # Little CPU: several gangs at a time on few cores.
+    with started(directory, cpu="100m") as info:
+        runner = Runner(directory, info, laptop.store(info), at_once)
+        for path in teaching.make_model(directory / "base").iterdir():
+            runner.put(path, f"{matrix.BUCKET}/models/matrix/{path.name}")
+        for name, dataset in matrix.SETS.items():
+            rows = teaching.write_rows(directory / f"{name}.jsonl", dataset, TRAINED, unpaired=name == "judged")
+            runner.put(rows, f"{matrix.BUCKET}/matrix/{name}.jsonl")
+        yield runner

@@ -15,6 +15,7 @@ from finetune_api.failures import TerminationMessage
 from finetune_api.run import RunConfig
 from finetune_api.sizing import Sizing
 from finetune_api.stages import effective
+from support import warm
 from support.runs import events_of, make_run_config, pod_environment
 from support.s3 import S3
 
@@ -85,14 +86,12 @@ class StagedJob:
     directory: Path
     s3: S3
     config: RunConfig
-    environment: dict[str, str]
-    """Of support.warm.warm_start, or nothing."""
     attempts: int = 0
 
     def prepare(self) -> TerminationMessage:
         place = self.directory / "prepare"
         place.mkdir(parents=True)
-        env = pod_environment(place, self.config, **self.s3.environment, **self.environment)
+        env = pod_environment(place, self.config, **self.s3.environment, **warm.variables())
         command = [sys.executable, "-m", "finetune_trainer", "prepare"]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
         message = TerminationMessage.decode((place / "termination-log").read_text())
@@ -120,7 +119,7 @@ class StagedJob:
                 "OMP_NUM_THREADS": "1",
                 "HF_HUB_OFFLINE": "1",
             }
-            env = pod_environment(pod, config, **self.s3.environment, **self.environment, **own, **environment)
+            env = pod_environment(pod, config, **self.s3.environment, **warm.variables(), **own, **environment)
             with (pod / "log").open("wb") as log:
                 command = [sys.executable, "-m", "finetune_trainer", "train"]
                 attempt.processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
@@ -146,7 +145,6 @@ class StagedJob:
 def make_staged_job(
     directory: Path,
     s3: S3,
-    environment: dict[str, str],
     name: str,
     stages: list[Row],
     *,
@@ -187,4 +185,4 @@ def make_staged_job(
     ]
     update = {"sizing": sizings[0], "stage_sizings": sizings if stages else []}
     directory.mkdir(parents=True, exist_ok=True)
-    return StagedJob(directory, s3, config.model_copy(update=update), environment)
+    return StagedJob(directory, s3, config.model_copy(update=update))

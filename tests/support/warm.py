@@ -6,6 +6,8 @@ is lost is that a rank counts towards its pod's memory limit.
 
 import contextlib
 import ctypes
+import fcntl
+import functools
 import json
 import os
 import runpy
@@ -17,63 +19,54 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-LATER = ("deepspeed", "setuptools", "transformers.models.llama.modeling_llama")
-"""What a rank imports once it knows its job."""
-PRELOADED = ("finetune_trainer.prepare", "finetune_trainer.pull", "finetune_trainer.train", *LATER)
+from support.warm_start.sitecustomize import SOCKET
+
 PR_SET_PDEATHSIG = 1
+MAX_DESCRIPTORS = 16
 
 
-@contextlib.contextmanager
-def warm_start() -> Iterator[dict[str, str]]:
-    """The variables by which a pod's programs find it."""
+def variables() -> dict[str, str]:
+    """By which programs find it."""
+    directory = _server()[1]
+    return {SOCKET: f"{directory}/socket", "PYTHONPATH": directory}
+
+
+@functools.cache
+def _server() -> tuple[subprocess.Popen[bytes], str]:
+    """It ends with its standard input, so with this process, and removes its directory."""
     # In a short path of no pod's: a socket's name has at most 107 bytes, and the process node rewrites mounted paths.
-    with tempfile.TemporaryDirectory(prefix="warm-") as directory:
-        shutil.copy(Path(__file__).with_name("warm_start") / "sitecustomize.py", directory)
-        with _serving(Path(directory) / "socket") as path:
-            yield {"WARM_START_SOCKET": str(path), "PYTHONPATH": directory}
-
-
-@contextlib.contextmanager
-def _serving(path: Path) -> Iterator[Path]:
-    quiet = {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    directory = tempfile.mkdtemp(prefix="warm-")
+    shutil.copy(Path(__file__).with_name("warm_start") / "sitecustomize.py", directory)
     process = subprocess.Popen(
-        [sys.executable, __file__, str(path)],
-        env=os.environ | quiet,
+        [sys.executable, "-P", "-m", "support.warm", directory],
+        env=os.environ
+        | {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        | {"PYTHONPATH": str(Path(__file__).parents[1])},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
-    assert process.stdin is not None
     assert process.stdout is not None
-    try:
-        if process.stdout.readline() != b"ready\n":
-            raise RuntimeError("the warm trainer did not start")
-        yield path
-    finally:
-        process.stdin.close()
-        process.stdout.close()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:  # a machine that is busy
-            process.kill()
-            process.wait()
+    if process.stdout.readline() != b"ready\n":
+        raise RuntimeError("the warm trainer did not start")
+    return process, directory
 
 
-def serve(path: str) -> None:
+def serve(directory: str) -> None:
     """Forks for each request until standard input ends."""
-    for module in PRELOADED:
-        __import__(module)
+    from support import preloaded  # noqa: F401
+
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(path)
+        listener.bind(f"{directory}/socket")
         listener.listen(64)
         print("ready", flush=True)
         while True:
             ready, _, _ = select.select([listener, sys.stdin], [], [])
             if sys.stdin in ready:
+                shutil.rmtree(directory)
                 return
             connection, _ = listener.accept()
             if os.fork() == 0:
@@ -86,13 +79,13 @@ def keep(connection: socket.socket) -> None:
     """Runs one program below this process, and tells its end; it is killed where who asked for it is gone."""
     die_with_parent()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    _, outputs, _, _ = socket.recv_fds(connection, 1, 2)
+    _, received, _, _ = socket.recv_fds(connection, 1, MAX_DESCRIPTORS)
     request = json.loads(connection.makefile().readline())
     pid = os.fork()
     if pid == 0:
         connection.close()
-        become(request, outputs)
-    for descriptor in outputs:
+        become(request, received)
+    for descriptor in received:
         os.close(descriptor)
     process = os.pidfd_open(pid)
     # Who asked may be gone at any time.
@@ -107,13 +100,18 @@ def keep(connection: socket.socket) -> None:
     os._exit(0)
 
 
-def become(request: dict[str, Any], outputs: list[int]) -> None:
+def become(request: dict[str, Any], received: list[int]) -> None:
     import torch
 
     os.setpgid(0, 0)
     die_with_parent()
-    for stream, descriptor in zip((1, 2), outputs, strict=True):
-        os.dup2(descriptor, stream)
+    # Out of the way first: one may have the number that another is to get.
+    aside = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 1000) for descriptor in received]
+    for descriptor in received:
+        os.close(descriptor)
+    for number, descriptor in zip(request["descriptors"], aside, strict=True):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["directory"])
