@@ -132,6 +132,25 @@ def test_partitioned_parameters_measure_the_same(
         assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-4), name
 
 
+@pytest.mark.parametrize("tuning", ["LoRA", "Full"])
+def test_a_rank_without_questions_waits_for_the_others(tuning: str, s3: S3, model: Path, tmp_path: Path) -> None:
+    """Where the weights are gathered, a rank that has nothing to answer has nothing to take part in."""
+    gang = make_gang(
+        tmp_path,
+        s3,
+        model,
+        bucket_prefix=f"few-{tuning}".lower(),
+        strategy="ZeRO3",
+        micro_batch=8,
+        validation=1,
+        tuning={"type": tuning},
+        training={"maxSteps": 2, "learningRate": 0.001},
+    )
+    result = gang.run().result
+    assert result
+    assert {"evalLossBefore", "evalLoss"} <= result.metrics.keys()
+
+
 def test_what_is_learned_by_heart_is_answered(s3: S3, model: Path, tmp_path: Path) -> None:
     """A mapping of few prompts: exact match rises from nothing to all, and a reward model tells the better answers."""
     import torch

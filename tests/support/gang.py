@@ -37,6 +37,8 @@ SHAPE = {
     "maxPositions": 256,
     "dtype": "Float32",
 }
+SHORT_ANSWERS = {"generation": {"maxNewTokens": 4}}
+"""For whoever does not look at what the model answers before and after: it would take most of the time."""
 Example = tuple[list[int], list[int]]
 """Token ids and labels."""
 
@@ -277,6 +279,7 @@ def make_gang(
         "tuning": {"type": "LoRA", "lora": {"rank": 4, "alpha": 8}},
         "training": {name: value for name, value in chosen.items() if value is not None},
         "checkpoint": {"interval": {"type": "Steps", "steps": 1000}},
+        "evaluation": SHORT_ANSWERS,
     } | spec
     # Of one that has ended well, too, tests look at what it saved.
     data["checkpoint"] = {"whenComplete": "Retain"} | data["checkpoint"]

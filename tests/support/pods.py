@@ -82,8 +82,10 @@ class Job:
     attempts: list[Ended] = field(default_factory=list)
 
     @classmethod
-    def make(cls, directory: Path, s3: S3, model: Path, prefix: str, **spec: Any) -> Self:
-        """One pod of two ranks; 12 steps, a checkpoint after every third."""
+    def make(
+        cls, directory: Path, s3: S3, model: Path, prefix: str, start: Mapping[str, str] | None = None, **spec: Any
+    ) -> Self:
+        """One pod of two ranks; 12 steps, a checkpoint after every third. `start`: support.warm's, unless it is given."""
         chosen: dict[str, Any] = {
             "training": {"maxSteps": 12, "learningRate": 0.005},
             "tuning": {"type": "LoRA", "lora": {"rank": 4, "alpha": 8, "dropout": 0.2}},
@@ -93,7 +95,8 @@ class Job:
             directory, s3, model, bucket_prefix=prefix, workers=1, processes=2, micro_batch=8, **(chosen | spec)
         )
         quiet = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        return cls(gang, warm.variables() | s3.environment | quiet).upload()
+        start = warm.variables() if start is None else start
+        return cls(gang, {**start, **s3.environment, **quiet}).upload()
 
     def upload(self) -> Self:
         s3, config = self.gang.s3, self.gang.config

@@ -16,6 +16,7 @@ from finetune_api.run import RunConfig
 from finetune_api.sizing import Sizing
 from finetune_api.stages import effective
 from support import warm
+from support.gang import SHORT_ANSWERS
 from support.runs import events_of, make_run_config, pod_environment
 from support.s3 import S3
 
@@ -167,6 +168,7 @@ def make_staged_job(
         "output": {"uri": f"s3://bucket/{name}/"},
         "checkpoint": {"interval": {"type": "Steps", "steps": 1000}},
         "dataPolicy": {"similarity": 1},
+        "evaluation": SHORT_ANSWERS,
         "stages": stages,
     } | spec
     # Of one that has ended well, too, tests look at what it saved.

@@ -41,9 +41,14 @@ def gathered(engine: Any, device: torch.device) -> Iterator[bool]:
     with deepspeed.zero.GatheredParameters(parameters):
         # They would free each weight after its use.
         remove_hooks(engine)
+        # Until DeepSpeed has seen a whole step, a collective. TRL leaves it where it is.
+        offload = engine.optimizer.parameter_offload
+        new_step = offload.module._forward_pre_hooks[offload.fwd_pre_hook.id]
+        offload.fwd_pre_hook.remove()
         try:
             yield False
         finally:
+            offload.fwd_pre_hook = offload.module.register_forward_pre_hook(new_step, prepend=True)
             add_hooks(engine)
 
 
