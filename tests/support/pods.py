@@ -85,7 +85,7 @@ class Job:
     def make(
         cls, directory: Path, s3: S3, model: Path, prefix: str, start: Mapping[str, str] | None = None, **spec: Any
     ) -> Self:
-        """One pod of two ranks; 12 steps, a checkpoint after every third. `start`: support.warm's, unless it is given."""
+        """One pod of two ranks; 12 steps, a checkpoint after every third. `start`: support.warm's, if not given."""
         chosen: dict[str, Any] = {
             "training": {"maxSteps": 12, "learningRate": 0.005},
             "tuning": {"type": "LoRA", "lora": {"rank": 4, "alpha": 8, "dropout": 0.2}},
