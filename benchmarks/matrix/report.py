@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from support.matrix import METHODS, TUNINGS, ZERO, Cell
+from support.matrix import METHODS, TUNINGS, ZEROS, Cell
 
 HEAD = """\
 # Every method with every tuning
@@ -27,9 +27,9 @@ def markdown(cells: list[Cell], results: dict[str, Any]) -> str:
         text += f"## {'One worker' if workers == 1 else 'Two workers (DDP)'}\n\n"
         rows = [[_cell(results, Cell(method, name, workers), reasons) for name in TUNINGS] for method in METHODS]
         text += _table(list(TUNINGS), rows)
-    text += "## Two workers, LoRA, each stage of ZeRO\n\n"
-    rows = [[_cell(results, Cell(method, "LoRA", 2, stage), reasons) for stage in ZERO] for method in METHODS]
-    text += _table(list(ZERO), rows)
+    text += "## Two workers, each stage of ZeRO\n\n"
+    rows = [[_cell(results, Cell(method, tuning, 2, stage), reasons) for tuning, stage in ZEROS] for method in METHODS]
+    text += _table([f"{tuning}, {stage}" for tuning, stage in ZEROS], rows)
     if reasons:
         text += "## What is refused\n\n" + "".join(f"{number}. {why}\n" for why, number in reasons.items())
     times = [result["seconds"] for result in results.values() if "after" in result]

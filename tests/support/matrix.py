@@ -124,6 +124,8 @@ TUNINGS: dict[str, Spec] = {
 }
 RATES = {"IA3": 0.05, "PromptTuning": 0.2, "PrefixTuning": 0.2, "Freeze": 0.005, "Full": 0.005}
 ZERO = ("ZeRO1", "ZeRO2", "ZeRO3")
+ZEROS = tuple(itertools.product(("LoRA", "Full"), ZERO))
+"""An adapter, and a whole model: of the former DeepSpeed wraps another module than the one that answers."""
 
 
 class Cell(NamedTuple):
@@ -194,7 +196,7 @@ JUDGE = Cell("Reward", "LoRA", 1)
 def table() -> list[Cell]:
     """What `make matrix` runs: every method and tuning on 1 and 2 workers, and each method under each stage of ZeRO."""
     cells = [Cell(*choice) for choice in itertools.product(METHODS, TUNINGS, (1, 2))]
-    return cells + [Cell(method, "LoRA", 2, strategy) for method in METHODS for strategy in ZERO]
+    return cells + [Cell(method, tuning, 2, stage) for method, (tuning, stage) in itertools.product(METHODS, ZEROS)]
 
 
 FAMILIES = {

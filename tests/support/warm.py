@@ -40,13 +40,14 @@ def _server() -> tuple[subprocess.Popen[bytes], str]:
     # In a short path of no pod's: a socket's name has at most 107 bytes, and the process node rewrites mounted paths.
     directory = tempfile.mkdtemp(prefix="warm-")
     shutil.copy(Path(__file__).with_name("warm_start") / "sitecustomize.py", directory)
+    quiet = {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "support.warm", directory],
-        env=os.environ
-        | {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        env=os.environ | quiet | {"PYTHONPATH": str(Path(__file__).parents[1])},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        # Ctrl-C ends whoever holds its standard input, and so ends it too.
+        process_group=0,
     )
     assert process.stdout is not None
     if process.stdout.readline() != b"ready\n":
