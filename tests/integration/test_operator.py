@@ -203,7 +203,8 @@ async def test_the_probe_tells_the_truth(scene: Scene, unused_tcp_port: int) -> 
 
 @pytest.mark.parametrize("write", range(1, 11))
 async def test_killed_after_any_of_its_writes(scene: Scene, write: int) -> None:
-    """Nine lead to the gang, the tenth to the end."""
+    """Nine lead to the gang, the tenth to the end. After the third and the eighth a Job is there whose UID nobody wrote
+    down: creating it is refused, and it is taken up."""
     scene.proxy.kill_after = write
     await scene.operator.start()
     await scene.submit()
@@ -229,4 +230,4 @@ async def test_killed_after_any_of_its_writes(scene: Scene, write: int) -> None:
     assert status["result"]["uri"] == RESULT.uri
     assert await scene.jobs() == ["j-0", "j-prepare"]
     created = [w for w in scene.proxy.writes if w.startswith("POST")]
-    assert len(created) == 5, created
+    assert len(created) == 5 + (write in (3, 8)), created
