@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field
 
 from finetune_api.figures import foremost
-from finetune_api.model import ApiModel, S3Uri, Sha256, ShortText
+from finetune_api.model import ApiModel, Figures, S3Uri, Sha256, ShortText
 from finetune_api.run import PreparedSummary
 
 
@@ -42,6 +42,8 @@ class Reason(StrEnum):
     NODE_LOST = "NodeLost"
     GATE_NOT_MET = "GateNotMet"
     MAX_ATTEMPTS_REACHED = "MaxAttemptsReached"
+    INTERNAL_ERROR = "InternalError"
+    """The operator itself fails on this job. It is not the job's end: it goes on when the cause is gone."""
 
 
 LIMIT = 4096
@@ -79,6 +81,7 @@ OUTCOMES: dict[Reason, Outcome] = {
     Reason.HUNG: "Retryable",
     Reason.STORAGE_UNAVAILABLE: "Retryable",
     Reason.OUT_OF_MEMORY: "Retryable",
+    Reason.INTERNAL_ERROR: "Retryable",
 }
 """The outcome of an attempt by its reason; a reason that is not named here is Permanent."""
 
@@ -98,7 +101,7 @@ class TrainingResult(ApiModel):
     uri: S3Uri
     manifest_sha256: Annotated[Sha256, Field(alias="manifestSHA256")]
     size_bytes: Annotated[int, Field(ge=0)]
-    metrics: dict[str, float] = {}
+    metrics: Figures = {}
     """Final figures by name; `evalLoss` after training, `evalLossBefore` before it."""
 
 

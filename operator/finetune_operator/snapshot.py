@@ -1,9 +1,9 @@
 """PURE. What of its profile still decides about a job once its pods are made: it is written beside each attempt."""
 
 import json
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from finetune_api.model import ApiModel
 from finetune_api.profile import FineTuneProfile
@@ -14,8 +14,8 @@ ANNOTATION = "finetune.dev/profile-snapshot"
 class Snapshot(ApiModel):
     """All else of a profile is in the pods themselves. A profile that changes alters nothing that runs."""
 
-    scheduling_grace_seconds: int
-    max_active_deadline_seconds: int | None = None
+    scheduling_grace_seconds: Annotated[int, Field(ge=0, le=86_400)]
+    max_active_deadline_seconds: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     defaults: dict[str, Any] = {}
 
     @classmethod
