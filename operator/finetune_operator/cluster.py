@@ -8,6 +8,7 @@ import asyncio
 import json
 import os
 import random
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
@@ -31,6 +32,8 @@ Object = dict[str, Any]
 
 FIELD_MANAGER = "finetune-operator"
 PAGE = 500
+MAX_DEPTH = 20_000
+"""Of objects in objects, in what an API server answers; it takes none of more than 10,000."""
 
 
 class ApiError(Exception):
@@ -376,13 +379,29 @@ class KubeCluster:
 
     def _result(self, method: Method, path: str, status: int, data: bytes) -> Object:
         try:
-            answer = json.loads(data) if data else {}
+            answer = _parsed(data) if data else {}
         except ValueError:
             answer = {"message": data[:200].decode(errors="replace")}
         if not 200 <= status < 300:
             told = answer if isinstance(answer, dict) else {"message": str(answer)}
             raise ApiError(status, told.get("reason") or str(status), f"{method} {path}: {told.get('message', '')}")
         return answer
+
+
+def _parsed(data: bytes) -> Any:
+    """Raises ValueError. An API server lets objects be nested ten times as deep as Python reads them by itself, and one
+    such object must not make a whole LIST unreadable."""
+    try:
+        return json.loads(data)
+    except RecursionError:
+        usual = sys.getrecursionlimit()
+        sys.setrecursionlimit(MAX_DEPTH)
+        try:
+            return json.loads(data)
+        except RecursionError as error:
+            raise ValueError(f"nested deeper than {MAX_DEPTH}") from error
+        finally:
+            sys.setrecursionlimit(usual)
 
 
 def _path(kind: str, namespace: str | None, name: str | None = None) -> str:
