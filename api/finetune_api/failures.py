@@ -7,9 +7,9 @@ lie between those of Python and argparse (1, 2) and those of shells and signals 
 import json
 import math
 from enum import StrEnum
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from finetune_api.figures import foremost
 from finetune_api.model import ApiModel, Figures, S3Uri, Sha256, ShortText
@@ -105,6 +105,11 @@ class TrainingResult(ApiModel):
     """Final figures by name; `evalLoss` after training, `evalLossBefore` before it."""
 
 
+def _encodable(text: Any) -> Any:
+    """Errors quote what they were given, and a lone surrogate is text that nothing can write."""
+    return text.encode(errors="replace").decode() if isinstance(text, str) else text
+
+
 class TerminationMessage(ApiModel):
     """The one JSON object in a container's termination message; Kubernetes keeps 4,096 bytes of it.
 
@@ -114,7 +119,7 @@ class TerminationMessage(ApiModel):
     model_config = ApiModel.model_config | {"extra": "ignore"}
     reason: Reason | None = None
     """None where the program did what it was asked to."""
-    message: Annotated[str, Field(max_length=2048)] = ""
+    message: Annotated[str, BeforeValidator(_encodable), Field(max_length=2048)] = ""
     rank: int | None = None
     """The global rank that failed first."""
     exit_code: int = 0
