@@ -48,8 +48,8 @@ def place_of(error: BaseException) -> str:
 def named(raw: Any) -> tuple[str, str]:
     """Namespace and name of an object, as far as it has any."""
     meta = raw.get("metadata") if isinstance(raw, dict) else None
-    known = meta if isinstance(meta, dict) else {}
-    return str(known.get("namespace") or ""), str(known.get("name") or "")
+    namespace, name = (meta.get(key) if isinstance(meta, dict) else "" for key in ("namespace", "name"))
+    return namespace if isinstance(namespace, str) else "", name if isinstance(name, str) else ""
 
 
 class Containment:

@@ -278,18 +278,20 @@ class Controller:
         await self._budgets.begin()
         unclear: set[Key] = set()
         async for raw in self._cluster.list_all("Job", namespaces):
-            if key := child_of(raw):
-                with self._contained.about("resync", *named(raw)) as read:
+            with self._contained.about("resync", *named(raw)) as read:
+                if child_of(raw):
                     census.add_job(raw)
                     self._children.heard(raw, job_facts(raw))
-                unclear.update([key] if read.error else [])
+            if read.error:
+                unclear.add(parent_of(raw))
         async for raw in self._cluster.list_all("Pod", namespaces):
-            if key := child_of(raw):
-                with self._contained.about("resync", *named(raw)) as read:
+            with self._contained.about("resync", *named(raw)) as read:
+                if child_of(raw):
                     census.add_pod(raw)
                     self._children.heard(raw, pod_facts(raw))
-                unclear.update([key] if read.error else [])
-                self._measure_pod(raw)
+                    self._measure_pod(raw)
+            if read.error:
+                unclear.add(parent_of(raw))
         async for raw in self._cluster.list_all("FineTuneJob", namespaces):
             key = named(raw)
             missing.discard(key)
@@ -393,11 +395,19 @@ class Controller:
 
 def child_of(raw: Object) -> Key | None:
     """The FineTuneJob whose child it is; None where its labels are not ours."""
-    meta = raw.get("metadata") or {}
-    labels = meta.get("labels") or {}
+    labels = raw["metadata"].get("labels") or {}
     attempt = labels.get(ATTEMPT_LABEL, "")
     numbered = attempt == PREPARE or (attempt.isascii() and attempt.isdigit() and len(attempt) < 10)
-    return (meta.get("namespace") or "", labels[JOB_LABEL]) if numbered and JOB_LABEL in labels else None
+    return (raw["metadata"]["namespace"], labels[JOB_LABEL]) if numbered and JOB_LABEL in labels else None
+
+
+def parent_of(raw: Object) -> Key:
+    """The FineTuneJob that a child which cannot be read says it is of; no job's key where it says nothing."""
+    namespace, _ = named(raw)
+    meta = raw.get("metadata")
+    labels = meta.get("labels") if isinstance(meta, dict) else None
+    name = labels.get(JOB_LABEL) if isinstance(labels, dict) else None
+    return namespace, name if isinstance(name, str) else ""
 
 
 def at_rest(raw: Object) -> bool:

@@ -59,8 +59,8 @@ def run_of(key: Key, attempt: Attempt) -> Run | None:
 
 def expected(status: FineTuneJobStatus) -> float | None:
     """GPU-hours that a running attempt takes still: by its own pace, else by the estimate; None: nobody knows."""
-    last, trainer = status.attempts[-1], status.trainer_status
-    if trainer and trainer.attempt == last.number and trainer.estimated_remaining_seconds is not None:
+    last, trainer = status.attempts[-1] if status.attempts else None, status.trainer_status
+    if last and trainer and trainer.attempt == last.number and trainer.estimated_remaining_seconds is not None:
         return trainer.estimated_remaining_seconds * (last.gpus or 0) / HOUR
     return status.sizing.estimated_gpu_hours if status.sizing else None
 
