@@ -6,6 +6,7 @@ The operator's own controller works on it, without a network: its looks at every
 import asyncio
 import copy
 import json
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,11 @@ class Town:
                     self.objects[kind, *_key(one, number)] = one
         self.events: list[Object] = []
         self.settled: set[str] = set()
+        self.writes = 0
+
+    def _written(self, body: Object) -> None:
+        _checked(body)
+        self.writes += 1
 
     def _of(self, kind: str) -> list[Object]:
         return [one for (found, _, _), one in self.objects.items() if found == kind]
@@ -152,7 +158,7 @@ class Town:
             yield one
 
     async def create(self, manifest: Object) -> Object:
-        _checked(manifest)
+        self._written(manifest)
         key = manifest["kind"], manifest["metadata"]["namespace"], manifest["metadata"]["name"]
         if key in self.objects:
             raise ApiError(409, "AlreadyExists", key[2])
@@ -161,19 +167,20 @@ class Town:
         return self.objects[key]
 
     async def delete(self, kind: str, namespace: str, name: str, uid: str, resource_version: str | None = None) -> bool:
+        self.writes += 1
         return self.objects.pop((kind, namespace, name), None) is not None
 
     async def patch_status(
         self, namespace: str, name: str, uid: str, patch: Object, resource_version: str | None = None
     ) -> Object | None:
-        _checked(patch)
+        self._written(patch)
         found = self.objects.get(("FineTuneJob", namespace, name))
         if found is not None:
             found["status"] = merge(found.get("status"), patch)
         return found
 
     async def patch_profile_status(self, name: str, patch: Object) -> bool:
-        _checked(patch)
+        self._written(patch)
         self.settled |= {f"{name}/{namespace}" for namespace in patch.get("usage", {})}
         return ("FineTuneProfile", "", name) in self.objects
 
@@ -259,7 +266,11 @@ class Operator:
             key = queue._schedule.take(0.0)
             if key is None:
                 return
+            before = self.town.writes
             await queue._handle(key)
+            due = queue._schedule._due.get(key)
+            at_once = due is not None and due <= time.monotonic()
+            assert not at_once or self.town.writes > before, f"{key} would be looked at without a pause, for ever"
 
     def scraped(self) -> str:
         return generate_latest(self.controller.metrics.registry).decode()
