@@ -34,8 +34,8 @@ def parse_time(text: str) -> datetime.datetime:
 
 def later(time: datetime.datetime, seconds: float) -> datetime.datetime:
     """So many seconds after the time, but not after LATEST; `seconds` may be infinite."""
-    left = (LATEST - time).total_seconds()
-    return time + datetime.timedelta(seconds=min(seconds, left))
+    left = LATEST - time
+    return LATEST if seconds >= left.total_seconds() else time + min(left, datetime.timedelta(seconds=seconds))
 
 
 def whole(value: Any) -> int:

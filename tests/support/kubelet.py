@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from finetune_api.failures import TerminationMessage
 from finetune_operator.manifests import ATTEMPT_LABEL, PREPARE
@@ -19,16 +19,13 @@ class Kubelet:
     api: Api
     namespace: str
     interval: float = 0.1
-    _began: set[str] = field(default_factory=set)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        task = asyncio.create_task(self._play())
-        try:
+        async with asyncio.TaskGroup() as tasks:
+            playing = tasks.create_task(self._play())
             yield
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            playing.cancel()
 
     async def _play(self) -> None:
         while True:
