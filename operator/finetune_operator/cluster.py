@@ -332,7 +332,9 @@ class KubeCluster:
         token = ""
         while True:
             page = await self._call("GET", path, query | {"limit": str(PAGE)} | ({"continue": token} if token else {}))
-            yield page["items"]
+            if not isinstance(items := page.get("items") if isinstance(page, dict) else None, list):
+                raise ApiError(0, "Unreadable", f"GET {path}: the answer is no list")
+            yield items
             token = page.get("metadata", {}).get("continue") or ""
             if not token:
                 return
@@ -380,8 +382,10 @@ class KubeCluster:
     def _result(self, method: Method, path: str, status: int, data: bytes) -> Object:
         try:
             answer = _parsed(data) if data else {}
-        except ValueError:
+        except ValueError as error:
             answer = {"message": data[:200].decode(errors="replace")}
+            if 200 <= status < 300:
+                raise ApiError(0, "Unreadable", f"{method} {path}: the answer is no JSON: {error}") from error
         if not 200 <= status < 300:
             told = answer if isinstance(answer, dict) else {"message": str(answer)}
             raise ApiError(status, told.get("reason") or str(status), f"{method} {path}: {told.get('message', '')}")

@@ -5,7 +5,7 @@ import secrets
 import statistics
 import time
 from collections import Counter
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -65,44 +65,52 @@ class Poisoner:
         self.made: list[str] = []
 
     async def write(self, number: int, case: dict[str, list[Object]]) -> None:
-        """One job with its children, as far as they are taken."""
-        uid = ""
+        """One job with its children, as far as they are taken: objects first, then what their statuses say."""
+        uids: dict[str, str] = {}
+        told: list[tuple[str, str, Any]] = []
         for kind in ("FineTuneProfile", "FineTuneJob", "Job", "Pod"):
             for index, raw in enumerate(case.get(kind, ())):
-                if isinstance(raw, dict):
-                    name = f"{self.namespace}-{number}" if kind == "FineTuneProfile" else f"p{number}-{index}"
-                    made = await self._create(kind, name, raw, uid)
-                    uid = made["metadata"]["uid"] if made and kind == "FineTuneJob" else uid
+                if not isinstance(raw, dict):
+                    continue
+                path, body = self._body(kind, f"p{number}", index, raw)
+                answer = await self._send("POST", path, _renamed(body, uids))
+                self.answers[f"{kind} {answer.status}"] += 1
+                if answer.status != 201:
+                    continue
+                meta = answer.body["metadata"]
+                self.made.append(f"{path}/{meta['name']}")
+                before = raw["metadata"].get("uid") if isinstance(raw.get("metadata"), dict) else None
+                if before and isinstance(before, str):
+                    uids |= dict.fromkeys((before, before.replace("bot", f"p{number}")), meta["uid"])
+                if "status" in raw:
+                    told.append((kind, self.made[-1], raw["status"]))
+        for kind, path, status in reversed(told):
+            said = _renamed(status, uids | {"bot": path.rpartition("/")[2].partition("-")[0]})
+            answer = await self._send("PATCH", f"{path}/status", {"status": said})
+            self.answers[f"{kind}/status {answer.status}"] += 1
 
-    async def _create(self, kind: str, name: str, raw: Object, owner: str) -> Object | None:
-        meta = raw.get("metadata")
-        kept = ("labels", "annotations", "ownerReferences")
-        sound = {key: meta[key] for key in kept if key in meta} if isinstance(meta, dict) else {}
-        body = {**raw, "metadata": {**sound, "name": name}}
+    def _body(self, kind: str, name: str, index: int, raw: Object) -> tuple[str, Object]:
+        """Where to and what is sent. Names are sound ones: an odd one is refused, or is any name."""
+        meta = raw.get("metadata") if isinstance(raw.get("metadata"), dict) else {}
+        sound = {key: meta[key] for key in ("labels", "annotations", "ownerReferences") if key in meta}
+        body = {**raw, "metadata": sound | {"name": meta.get("name")}}
+        body.pop("status", None)
+        body = _renamed(body, {"bot": name, "shared": self.profile})
+        if kind == "FineTuneProfile":
+            body["metadata"]["name"] = f"{self.namespace}-{name}"
+        elif kind == "FineTuneJob" or not isinstance(body["metadata"]["name"], str):
+            body["metadata"]["name"] = name if kind == "FineTuneJob" else f"{name}-x{index}"
         if kind != "FineTuneProfile":
             body["metadata"]["namespace"] = self.namespace
-        if kind in ("Job", "Pod"):
-            owners = [
-                {"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "name": f"p{name[1:].split('-')[0]}-0"}
-            ]
-            body["metadata"]["ownerReferences"] = [owners[0] | {"uid": owner or "gone", "controller": True}]
         if kind == "Job":
             body = put(body, ("spec", "suspend"), True)
         if kind == "Pod":
             body["spec"] = idle_pod(name)["spec"]
-        if kind == "FineTuneJob" and isinstance(raw.get("spec"), dict) and raw["spec"].get("profile") == "shared":
-            body = put(body, ("spec", "profile"), self.profile)
-        path = PATHS[kind].format(self.namespace)
-        answer = await self._send("POST", path, body)
-        self.answers[f"{kind} {answer.status}"] += 1
-        if answer.status != 201:
-            return None
-        self.made.append(f"{path}/{name}")
-        if "status" in raw:
-            told = await self._send("PATCH", f"{path}/{name}/status", {"status": raw["status"]})
-            self.answers[f"{kind}/status {told.status}"] += 1
-        created: Object = answer.body
-        return created
+            owners = body["metadata"].get("ownerReferences")
+            for owner in owners if isinstance(owners, list) else ():
+                if isinstance(owner, dict):
+                    owner |= {"apiVersion": "batch/v1", "name": f"{name}-0"}
+        return PATHS[kind].format(self.namespace), body
 
     async def _send(self, method: str, path: str, body: Any) -> Any:
         kind = "application/json" if method == "POST" else "application/merge-patch+json"
@@ -111,6 +119,19 @@ class Poisoner:
     async def clear(self) -> None:
         await gathered([self.api.delete(path, {"propagationPolicy": "Background"}) for path in reversed(self.made)])
         self.made.clear()
+
+
+def _renamed(value: Any, names: Mapping[str, str], depth: int = 100) -> Any:
+    """The value with these words in place of others, in every text; what is nested deeper than Python sends is null."""
+    if not depth:
+        return None
+    if isinstance(value, str):
+        for old, new in names.items():
+            value = value.replace(old, new)
+        return value
+    if isinstance(value, dict):
+        return {_renamed(key, names): _renamed(inner, names, depth - 1) for key, inner in value.items()}
+    return [_renamed(inner, names, depth - 1) for inner in value] if isinstance(value, list) else value
 
 
 async def gathered(calls: Sequence[Awaitable[Any]]) -> None:
@@ -145,9 +166,7 @@ async def fresh_namespace(api: Api) -> str:
 
 
 async def test_an_honest_tenants_jobs_end_as_soon_among_odd_objects(scene: Scene, whole: bool, tally: "Tally") -> None:
-    jobs, odd, rounds = (50, 300, 3) if whole else (10, 60, 1)
-    # What one busy moment of a machine does to one round, the median of several does not show.
-    most = 1.5 if whole else 4.0
+    jobs, odd, rounds = (50, 300, 5) if whole else (8, 60, 1)
     bad = await fresh_namespace(scene.api)
     cases = await asyncio.to_thread(drawn, await stages(), odd)
     poisoner, ratios = Poisoner(scene.api, bad, scene.profile), []
@@ -159,10 +178,11 @@ async def test_an_honest_tenants_jobs_end_as_soon_among_odd_objects(scene: Scene
             await span(scene, ["warm"])
             for turn in range(rounds):
                 smooth = await span(scene, [f"a{turn}-{n}" for n in range(jobs)])
-                half = len(cases) // 2
-                await gathered([poisoner.write(n, case) for n, case in enumerate(cases[:half])])
+                # Most is there before the jobs come, so that the operator is measured; the rest comes meanwhile.
+                early = len(cases) * 9 // 10
+                await gathered([poisoner.write(n, case) for n, case in enumerate(cases[:early])])
                 rest = asyncio.create_task(
-                    gathered([poisoner.write(half + n, case) for n, case in enumerate(cases[half:])])
+                    gathered([poisoner.write(early + n, case) for n, case in enumerate(cases[early:])])
                 )
                 ratios.append(await span(scene, [f"b{turn}-{n}" for n in range(jobs)]) / smooth)
                 await rest
@@ -174,5 +194,7 @@ async def test_an_honest_tenants_jobs_end_as_soon_among_odd_objects(scene: Scene
     taken = sum(count for answer, count in poisoner.answers.items() if answer.split()[-1] in ("200", "201"))
     print(f"seed {SEED}; {dict(sorted(poisoner.answers.items()))}; ratios {[round(ratio, 2) for ratio in ratios]}")
     assert taken >= odd, "too little of it was taken to say anything"
-    assert statistics.median(ratios) <= most, f"with odd objects beside them the jobs took {ratios} times as long"
+    # One round tells more of a busy machine than of the operator; the median of several does not.
+    if whole:
+        assert statistics.median(ratios) <= 1.5, f"with odd objects beside them the jobs took {ratios} times as long"
     tally.count("poison in a cluster", dict.fromkeys(map(str, range(len(cases))), ""))

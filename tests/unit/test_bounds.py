@@ -145,7 +145,9 @@ def test_a_number_of_config_json_ends_as_model_invalid_with_field_and_range(fiel
 
 
 def test_numbers_that_are_too_large_together_end_so_too() -> None:
-    with pytest.raises(FineTuneError, match="the model's files describe no model: key_value_size: found a number of 62"):
+    with pytest.raises(
+        FineTuneError, match="the model's files describe no model: key_value_size: found a number of 62"
+    ):
         read(CONFIG | {"head_dim": 2**31 - 1, "num_key_value_heads": 2**31 - 1}, HEADER)
 
 
