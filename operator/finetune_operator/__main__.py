@@ -2,58 +2,22 @@
 
 import asyncio
 import gc
-import json
 import logging
 import os
 import sys
 import warnings
-from datetime import UTC, datetime
 
 import kopf
 from pydantic import ValidationError
 
 from finetune_api.model import problems_of
+from finetune_api.printable import printable
 from finetune_operator.controller import Controller
 from finetune_operator.handlers import registry
+from finetune_operator.logformat import JsonFormatter, PlainFormatter
 from finetune_operator.settings import PREFIX, Settings, operator_version
 
 logger = logging.getLogger("finetune_operator")
-
-
-class JsonFormatter(logging.Formatter):
-    """One object for each line, with the namespace and name of the job that it is about."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        line: dict[str, object] = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-            **_subject(record),
-        }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
-
-
-class PlainFormatter(logging.Formatter):
-    """For a person at a terminal."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        subject = "/".join(_subject(record).values())
-        text = f"{self.formatTime(record, '%H:%M:%S')} {record.levelname.lower():7} "
-        text += f"{subject}: {record.getMessage()}" if subject else record.getMessage()
-        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
-
-
-def _subject(record: logging.LogRecord) -> dict[str, str]:
-    """Ours name it in `extra`, kopf's in `k8s_ref`."""
-    ref = getattr(record, "k8s_ref", {})
-    found = {
-        "namespace": getattr(record, "namespace", None) or ref.get("namespace"),
-        "name": getattr(record, "job", None) or ref.get("name"),
-    }
-    return {key: value for key, value in found.items() if value}
 
 
 def configure_logging(settings: Settings) -> None:
@@ -61,6 +25,8 @@ def configure_logging(settings: Settings) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(PlainFormatter() if plain else JsonFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    # Warnings quote what they are about.
+    logging.captureWarnings(True)
     logger.setLevel(settings.log_level)
 
 
@@ -83,7 +49,7 @@ async def operate(settings: Settings) -> None:
         if controller.failure is None:
             raise
     if controller.failure:
-        raise SystemExit(controller.failure)
+        raise SystemExit(printable(controller.failure))
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives import serialization
 
 from finetune_operator import tls
 from finetune_operator.cluster import ApiError, KubeCluster, load_configuration
+from finetune_operator.logformat import PlainFormatter
 
 logger = logging.getLogger("finetune_operator.certificates")
 Object = dict[str, Any]
@@ -134,7 +135,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     namespace, _, name = given.secret.partition("/")
     if not namespace or not name:
         parser.error(f"--secret: found {given.secret!r}; it must be NAMESPACE/NAME")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(PlainFormatter())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     try:
         asyncio.run(run(namespace, name, given.host, given.webhook))
     except (ApiError, tls.TlsError) as error:

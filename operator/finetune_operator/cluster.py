@@ -8,6 +8,7 @@ import asyncio
 import json
 import os
 import random
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
@@ -31,6 +32,8 @@ Object = dict[str, Any]
 
 FIELD_MANAGER = "finetune-operator"
 PAGE = 500
+MAX_DEPTH = 20_000
+"""Of objects in objects, in what an API server answers; it takes none of more than 10,000."""
 
 
 class ApiError(Exception):
@@ -329,7 +332,9 @@ class KubeCluster:
         token = ""
         while True:
             page = await self._call("GET", path, query | {"limit": str(PAGE)} | ({"continue": token} if token else {}))
-            yield page["items"]
+            if not isinstance(items := page.get("items") if isinstance(page, dict) else None, list):
+                raise ApiError(0, "Unreadable", f"GET {path}: the answer is no list")
+            yield items
             token = page.get("metadata", {}).get("continue") or ""
             if not token:
                 return
@@ -376,13 +381,31 @@ class KubeCluster:
 
     def _result(self, method: Method, path: str, status: int, data: bytes) -> Object:
         try:
-            answer = json.loads(data) if data else {}
-        except ValueError:
+            answer = _parsed(data) if data else {}
+        except ValueError as error:
             answer = {"message": data[:200].decode(errors="replace")}
+            if 200 <= status < 300:
+                raise ApiError(0, "Unreadable", f"{method} {path}: the answer is no JSON: {error}") from error
         if not 200 <= status < 300:
             told = answer if isinstance(answer, dict) else {"message": str(answer)}
             raise ApiError(status, told.get("reason") or str(status), f"{method} {path}: {told.get('message', '')}")
         return answer
+
+
+def _parsed(data: bytes) -> Any:
+    """Raises ValueError. An API server lets objects be nested ten times as deep as Python reads them by itself, and one
+    such object must not make a whole LIST unreadable."""
+    try:
+        return json.loads(data)
+    except RecursionError:
+        usual = sys.getrecursionlimit()
+        sys.setrecursionlimit(MAX_DEPTH)
+        try:
+            return json.loads(data)
+        except RecursionError as error:
+            raise ValueError(f"nested deeper than {MAX_DEPTH}") from error
+        finally:
+            sys.setrecursionlimit(usual)
 
 
 def _path(kind: str, namespace: str | None, name: str | None = None) -> str:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from typing import get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -14,6 +15,7 @@ from prometheus_client import (
     ProcessCollector,
 )
 
+from finetune_operator.containment import Where
 from finetune_operator.jobmetrics import PREFIX, JobMetrics
 from finetune_operator.settings import operator_version
 from finetune_operator.sight import OTHER
@@ -75,6 +77,14 @@ class Metrics:
             buckets=_SECONDS,
         )
         self.jobs = JobMetrics(registry, clock)
+        self._internal = Counter(
+            PREFIX + "internal_errors",
+            "Errors of the operator about one object, by where.",
+            ["where"],
+            registry=registry,
+        )
+        for where in get_args(Where):
+            self._internal.labels(where)
         self._reports = Counter(
             PREFIX + "progress_reports", "Progress reports by result.", ["result"], registry=registry
         )
@@ -107,6 +117,10 @@ class Metrics:
         self._reconcile_seconds.observe(seconds)
         if error:
             self._errors.labels(self._words["kind"].word(type(error).__name__)).inc()
+
+    def internal_error(self, where: Where) -> None:
+        """One error that was contained to its object."""
+        self._internal.labels(where).inc()
 
     def api_call(self, verb: str, resource: str, code: int | str, seconds: float) -> None:
         """One request; `code` is the HTTP status, or a word such as `timeout` where there was no answer."""

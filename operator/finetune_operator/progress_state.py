@@ -6,6 +6,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from finetune_api.bounds import MOST
 from finetune_api.progress import Metric, TrainerStatus
 
 MAX_METRICS = 64
@@ -43,7 +44,7 @@ def remaining_seconds(samples: Sequence[Sample], total_steps: int | None, now: f
         return None
     pace = (last.time - first.time) / (last.step - first.step)
     # What has passed since the last step is done; a step that takes longer than the others holds the clock, not more.
-    return math.ceil(left * pace - min(now - last.time, pace))
+    return math.ceil(min(left * pace - min(now - last.time, pace), MOST))
 
 
 def with_steps(report: TrainerStatus) -> TrainerStatus:

@@ -76,6 +76,9 @@ class Proxy:
                     await self.victim.wait()
             response = web.StreamResponse(status=answer.status)
             response.content_type = answer.content_type
+            # What it passes on as it came: an API server compresses what is long.
+            if "Content-Encoding" in answer.headers:
+                response.headers["Content-Encoding"] = answer.headers["Content-Encoding"]
             with contextlib.suppress(ConnectionError):  # the operator hung up, or was killed
                 await response.prepare(request)
                 async for chunk in answer.content.iter_any():

@@ -21,6 +21,8 @@ class Server:
         body = await request.json() if request.can_read_body else None
         self.requests.append((request.method, request.path_qs, body))
         status, headers, answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if isinstance(answer, bytes):
+            return web.Response(body=answer, status=status, headers=headers)
         return web.json_response(answer, status=status, headers=headers)
 
 
@@ -70,6 +72,15 @@ async def test_a_list_that_failed_is_not_empty(server: Fixture, status: int) -> 
     with pytest.raises(ApiError):
         await client.list_children("Job", "ns", "j")
     assert pauses == []
+
+
+@pytest.mark.parametrize("answer", [b"\x1f\x8b\x08", b"<html>", b"", b"[" * 200_000, {}, [], {"items": None}, "x", 7])
+async def test_what_is_no_list_is_an_error_of_the_servers(server: Fixture, answer: Any) -> None:
+    served, client, _, _ = server
+    served.answers = [(200, {}, answer)]
+    with pytest.raises(ApiError, match=r"Unreadable: GET .*: the answer is no (list|JSON)") as failed:
+        await client.list_profiles()
+    assert failed.value.status == 0, "it is about everybody, and not about an object"
 
 
 async def test_not_found_is_only_what_the_server_calls_so(server: Fixture) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from finetune_operator.__main__ import JsonFormatter, PlainFormatter, main, operate
+from finetune_operator.__main__ import main, operate
+from finetune_operator.logformat import JsonFormatter, PlainFormatter
 from finetune_operator.news import job_fingerprint
 from finetune_operator.settings import Settings
 from support.world import make_job

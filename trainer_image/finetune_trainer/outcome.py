@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from finetune_api.failures import EXIT_CODES, FineTuneError, Reason, TerminationMessage
+from finetune_api.printable import printable
+from finetune_trainer import log
 
 
 class Outcome(NamedTuple):
@@ -58,8 +60,8 @@ def guarded(main: Callable[[], None], path: Path) -> int:
     except Exception as error:
         write_outcome(path, message := failure_of(error))
         if not isinstance(error, FineTuneError):
-            traceback.print_exc()
+            log.stack(error)
         else:
-            print(f"{error.reason}: {error}", file=sys.stderr, flush=True)
+            print(printable(f"{error.reason}: {error}"), file=sys.stderr, flush=True)
         return message.exit_code
     return 0

@@ -98,7 +98,7 @@ def weight_files(store: Store, listed: Mapping[str, PinnedObject], prefix: str) 
         uri = f"{prefix}model.safetensors.index.json"
         try:
             names = sorted(set(json.loads(store.get_bytes(uri, SMALL))["weight_map"].values()), key=str)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise invalid(f"{uri} is not an index of safetensors files") from error
         for name in names:
             if not isinstance(name, str) or "/" in name or not name.endswith(".safetensors"):
@@ -183,7 +183,7 @@ def _optional_json(store: Store, files: Mapping[str, PinnedObject], name: str) -
         return {}
     try:
         value = json.loads(store.get_bytes(files[name], SMALL))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise invalid(f"{files[name].uri} is not valid JSON") from error
     if not isinstance(value, dict):
         raise invalid(f"{files[name].uri} must be one JSON object")

@@ -262,7 +262,7 @@ def nonempty(text: str, name: str) -> str:
 def _parsed(text: str, name: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRow(f"`{name}` is text that is not JSON") from error
 
 
