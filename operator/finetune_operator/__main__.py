@@ -67,7 +67,6 @@ def configure_logging(settings: Settings) -> None:
 async def operate(settings: Settings) -> None:
     """Runs until a signal comes or a part fails."""
     controller = Controller(settings)
-    port, host = settings.liveness_port, settings.liveness_host
     logger.info("finetune-operator %s serves %s", operator_version(), " ".join(settings.namespaces) or "all namespaces")
     try:
         await kopf.operator(
@@ -75,7 +74,6 @@ async def operate(settings: Settings) -> None:
             standalone=True,
             clusterwide=not settings.namespaces,
             namespaces=settings.namespaces,
-            liveness_endpoint=f"http://{host}:{port}/healthz" if port else None,
             stop_flag=controller.over,
         )
     except Exception:
@@ -90,7 +88,9 @@ def main() -> None:
     try:
         settings = Settings.from_environment(os.environ)
     except ValidationError as error:
-        text = "; ".join(f"{PREFIX}{str(p.path[0]).upper()}: {p.message}" for p in problems_of(error))
+        text = "; ".join(
+            f"{PREFIX}{str(p.path[0]).upper()}: {p.message}" if p.path else p.message for p in problems_of(error)
+        )
         raise SystemExit(text) from None
     configure_logging(settings)
     warnings.filterwarnings("ignore", category=FutureWarning, module="kopf")
