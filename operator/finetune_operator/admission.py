@@ -1,7 +1,7 @@
 """The validating webhook: what takes a look-up to refuse, at the moment that somebody creates or changes an object.
 
-`POST` with an AdmissionReview, by the API server alone: `webhook_callers` recognises it. Everybody else gets one and the
-same answer, before anything of what they ask is read. Any replica answers.
+`POST` with an AdmissionReview, by the API server alone: `webhook_callers` recognises it. Everybody else gets one and
+the same answer, before anything of what they ask is read. Any replica answers.
 """
 
 import asyncio

@@ -9,6 +9,7 @@ from finetune_operator.cluster import ApiError, in_cluster
 from finetune_operator.controller import Controller
 from finetune_operator.manifests import MANAGED_BY
 from finetune_operator.tls import TlsError
+from finetune_operator.webhook_callers import Unrecognisable
 
 SILENCE_SECONDS = 70.0
 """Without an event for so long, a bookmark included, a watch counts as dead and is opened anew where it stopped: an API
@@ -29,7 +30,7 @@ def registry(controller: Controller) -> kopf.OperatorRegistry:
         configure(settings)
         try:
             await controller.start()
-        except (ApiError, TlsError, OSError) as error:
+        except (ApiError, TlsError, Unrecognisable, OSError) as error:
             raise kopf.PermanentError(str(error)) from error
 
     @kopf.on.cleanup(registry=handlers)

@@ -14,7 +14,8 @@ from cryptography import x509
 
 from finetune_operator import serving, tls
 from finetune_operator.certificates import renewed
-from finetune_operator.serving import Listening, TlsServer
+from finetune_operator.metrics import Metrics
+from finetune_operator.serving import HttpServer, Listening
 from support.waiting import eventually
 
 pytestmark = pytest.mark.integration
@@ -28,9 +29,9 @@ async def hello(request: web.BaseRequest) -> web.StreamResponse:
 
 
 @asynccontextmanager
-async def served(folder: Path, **options: Any) -> AsyncIterator[TlsServer]:
+async def served(folder: Path, **options: Any) -> AsyncIterator[HttpServer]:
     bounds = {"max_connections": 4, "connection_seconds": 5.0} | options
-    server = TlsServer("server", hello, Listening(folder, HOSTS, "127.0.0.1", 0, **bounds))
+    server = HttpServer("server", hello, Listening(folder, HOSTS, "127.0.0.1", 0, **bounds), Metrics())
     await server.start()
     try:
         yield server
