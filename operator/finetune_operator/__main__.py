@@ -5,6 +5,7 @@ import gc
 import json
 import logging
 import os
+import resource
 import sys
 import warnings
 from datetime import UTC, datetime
@@ -18,6 +19,7 @@ from finetune_operator.handlers import registry
 from finetune_operator.settings import PREFIX, Settings, operator_version
 
 logger = logging.getLogger("finetune_operator")
+MAX_FILES = 16384
 
 
 class JsonFormatter(logging.Formatter):
@@ -94,6 +96,9 @@ def main() -> None:
         raise SystemExit(text) from None
     configure_logging(settings)
     warnings.filterwarnings("ignore", category=FutureWarning, module="kopf")
+    # Strangers may hold a thousand connections on each of the servers.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(MAX_FILES, most), most))
     # What was imported stays: the collector need not go through it again and again.
     gc.freeze()
     try:

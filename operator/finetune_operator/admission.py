@@ -62,7 +62,7 @@ class AdmissionOptions(Listening):
 
     host: str = "0.0.0.0"
     port: int = 9443
-    max_connections: int = 96
+    max_connections: int = 640
     connection_seconds: float = 15.0
     paths_file: Path | None = None
     """See `webhook_callers`; one of this and `client_ca` is needed."""
@@ -102,7 +102,8 @@ class AdmissionServer:
     async def _answer(self, http: web.BaseRequest) -> web.StreamResponse:
         if not self._callers.knows(http):
             return web.Response(status=404, text="this server answers the API server alone\n")
-        self._server.vouch(http)
+        # An API server keeps its connection: a crowd that keeps new ones waiting is in nobody's way who has one.
+        self._server.vouch(http, keep=True)
         if http.method != "POST":
             return web.Response(status=405, headers={"Allow": "POST"}, text="use POST\n")
         try:

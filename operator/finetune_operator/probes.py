@@ -8,7 +8,7 @@ from finetune_operator.metrics import Metrics
 from finetune_operator.serving import HttpServer, Listening
 
 PATH = "/healthz"
-MAX_CONNECTIONS, CONNECTION_SECONDS = 24, 5.0
+MAX_CONNECTIONS, CONNECTION_SECONDS = 64, 5.0
 
 
 class ProbeServer:

@@ -45,11 +45,11 @@ class ProgressOptions(Listening):
 
     host: str = "0.0.0.0"
     port: int = 8443
-    max_connections: int = 128
+    max_connections: int = 1280
     connection_seconds: float = 15.0
-    rate_per_address: float = 100.0
+    rate_per_address: float = 200.0
     """A pod has an address of its own; on a laptop all share one."""
-    burst_per_address: float = 300.0
+    burst_per_address: float = 500.0
     write_interval: float = 5.0
     reports_per_second: float = 1.0
     """Of one job, in the long run; `burst` at once."""

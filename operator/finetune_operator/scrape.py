@@ -22,7 +22,7 @@ from finetune_operator.serving import HttpServer, Listening, bearer
 
 logger = logging.getLogger(__name__)
 PATH = "/metrics"
-MAX_CONNECTIONS, CONNECTION_SECONDS = 24, 30.0
+MAX_CONNECTIONS, CONNECTION_SECONDS = 64, 30.0
 REMEMBERED_SECONDS = 60.0
 """How long an answer of the API server holds: Prometheus asks every 30 seconds, or more often."""
 REMEMBERED = 256

@@ -7,7 +7,7 @@ caller whose identity was proven never does. So a server that is full of silent 
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -36,7 +36,7 @@ class Limits:
     """How much one server bears. Times are in seconds."""
 
     seats: int
-    """Connections that are served at once: each has buffers for TLS of some 300 KiB."""
+    """Connections that are served at once: each takes some 60 KiB, which are for TLS."""
     seats_per_address: int
     waiting: int
     """Connections without a seat."""
@@ -49,6 +49,7 @@ class Limits:
 
 @dataclass
 class _Peer:
+    number: int
     address: str
     since: float
     """When its stage began."""
@@ -63,91 +64,99 @@ class Settled(NamedTuple):
     again: float | None
 
 
-@dataclass
 class Seats:
     """Connections by a number that the caller gives; `now` is monotonic."""
 
-    limits: Limits
-    peers: dict[int, _Peer] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self._rates = Buckets(self.limits.rate_per_address, self.limits.burst_per_address)
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self._silent: dict[int, _Peer] = {}
+        self._waiting: dict[int, _Peer] = {}
+        self._seated: dict[int, _Peer] = {}
         self._held: Counter[str] = Counter()
-        """Connections of each address."""
+        """Connections of each address, and of those the seated ones."""
+        self._held_seats: Counter[str] = Counter()
+        self._rates = Buckets(limits.rate_per_address, limits.burst_per_address)
+
+    def __len__(self) -> int:
+        return len(self._silent) + len(self._waiting) + len(self._seated)
 
     def arrive(self, number: int, address: str, now: float) -> int | None:
         """Adds a connection. Returns the one that is closed for it, which may be itself; it has left by then."""
-        self.peers[number] = _Peer(address, now)
+        victim = None
+        if len(self._silent) + len(self._waiting) >= self.limits.waiting:
+            victim = self._least(self._silent.values())
+            if victim is None:
+                return number
+            self.leave(victim)
+        self._silent[number] = _Peer(number, address, now)
         self._held[address] += 1
-        unseated = [n for n, peer in self.peers.items() if peer.stage <= Stage.WAITING]
-        if len(unseated) <= self.limits.waiting:
-            return None
-        victim = self._least([n for n in unseated if self.peers[n].stage is Stage.SILENT and n != number])
-        victim = number if victim is None else victim
-        self.leave(victim)
         return victim
 
     def speaks(self, number: int, now: float) -> None:
         """Its first bytes are there: `settle` gives it a seat."""
-        self._enter(number, Stage.WAITING, now)
+        peer = self._waiting[number] = self._silent.pop(number)
+        peer.stage, peer.since = Stage.WAITING, now
 
     def advance(self, number: int, stage: Stage, now: float) -> None:
         """A seated connection reached a later stage. One that left meanwhile is none."""
-        if number in self.peers:
-            self._enter(number, stage, now)
+        if peer := self._seated.get(number):
+            peer.stage, peer.since = stage, now
 
     def leave(self, number: int) -> None:
-        if (peer := self.peers.pop(number, None)) is not None:
-            self._held[peer.address] -= 1
-            if not self._held[peer.address]:
-                del self._held[peer.address]
+        for peers in (self._silent, self._waiting, self._seated):
+            if peer := peers.pop(number, None):
+                _lower(self._held, peer.address)
+                if peers is self._seated:
+                    _lower(self._held_seats, peer.address)
 
     def settle(self, now: float) -> Settled:
         """Gives seats to those who wait, the first of the address that holds fewest first."""
-        seated, closed, again = [], [], None
+        settled = Settled([], [], None)
         skipped: set[str] = set()
-        while (number := self._next(skipped)) is not None:
-            peer = self.peers[number]
+        while peer := self._next(skipped):
             victim, later = self._room(peer.address, now)
             if later is None and (wait := self._rates.take(peer.address, now)):
                 later = now + wait
             if later is not None:
                 skipped.add(peer.address)
-                again = later if again is None else min(again, later)
+                settled = settled._replace(again=min(later, settled.again or later))
                 continue
             if victim is not None:
-                closed.append(victim)
+                settled.closed.append(victim)
                 self.leave(victim)
-            self._enter(number, Stage.GREETING, now)
-            seated.append(number)
-        return Settled(seated, closed, again)
+            self._seat(peer, now)
+            settled.seated.append(peer.number)
+        return settled
 
-    def _next(self, skipped: set[str]) -> int | None:
-        waiting = [n for n, peer in self.peers.items() if peer.stage is Stage.WAITING and peer.address not in skipped]
-        return min(waiting, key=lambda n: (self._held[self.peers[n].address], self.peers[n].since), default=None)
+    def _next(self, skipped: set[str]) -> _Peer | None:
+        waiting = (peer for peer in self._waiting.values() if peer.address not in skipped)
+        return min(waiting, key=lambda peer: (self._held[peer.address], peer.since), default=None)
 
     def _room(self, address: str, now: float) -> tuple[int | None, float | None]:
         """Who gives way for one of this address, if somebody must; and when it is worth asking again, if nobody can."""
-        seated = [n for n, peer in self.peers.items() if peer.stage > Stage.WAITING]
-        own = [n for n in seated if self.peers[n].address == address]
-        among = own if len(own) >= self.limits.seats_per_address else seated
-        if among is seated and len(seated) < self.limits.seats:
+        crowded = self._held_seats[address] >= self.limits.seats_per_address
+        if not crowded and len(self._seated) < self.limits.seats:
             return None, None
-        movable = [n for n in among if self.peers[n].stage is not Stage.PROVEN]
-        ripe = [n for n in movable if now - self.peers[n].since >= self.limits.grace]
-        if (victim := self._least(ripe)) is not None:
+        among = [peer for peer in self._seated.values() if peer.address == address or not crowded]
+        movable = [peer for peer in among if peer.stage is not Stage.PROVEN]
+        victim = self._least(peer for peer in movable if now - peer.since >= self.limits.grace)
+        if victim is not None:
             return victim, None
-        first = min((self.peers[n].since for n in movable), default=now)
+        first = min((peer.since for peer in movable), default=now)
         return None, max(first + self.limits.grace, now + 0.01)
 
-    def _least(self, numbers: Iterable[int]) -> int | None:
+    def _least(self, peers: Iterable[_Peer]) -> int | None:
         """Who gives way: by the address that holds most, the earliest stage, the longest time in it."""
+        found = min(peers, key=lambda peer: (-self._held[peer.address], peer.stage, peer.since), default=None)
+        return found.number if found else None
 
-        def order(number: int) -> tuple[int, Stage, float]:
-            peer = self.peers[number]
-            return -self._held[peer.address], peer.stage, peer.since
+    def _seat(self, peer: _Peer, now: float) -> None:
+        self._seated[peer.number] = self._waiting.pop(peer.number)
+        self._held_seats[peer.address] += 1
+        peer.stage, peer.since = Stage.GREETING, now
 
-        return min(numbers, key=order, default=None)
 
-    def _enter(self, number: int, stage: Stage, now: float) -> None:
-        self.peers[number].stage, self.peers[number].since = stage, now
+def _lower(counter: Counter[str], key: str) -> None:
+    counter[key] -= 1
+    if not counter[key]:
+        del counter[key]

@@ -1,6 +1,7 @@
-"""Serving HTTP to peers of any kind: one request per connection, bounded in number, time and bytes.
+"""Serving HTTP to peers of any kind, bounded in number, time and bytes.
 
-The progress server, the admission webhook, the metrics and the probes have this in common.
+The progress server, the admission webhook, the metrics and the probes have this in common. A connection has one
+request; only a caller whom a server knows well may be granted more.
 """
 
 import asyncio
@@ -32,6 +33,8 @@ READ_BYTES = 16 * 1024
 """What is read ahead of a handler."""
 LINGERING_SECONDS = 0.25
 """How long a body that nobody wants is read, so that its sender sees the answer."""
+IDLE_SECONDS = 120.0
+"""Longer than Go's clients keep a connection that they do not use: it is not this side that ends one in use."""
 BODY_SECONDS, BODY_BYTES_PER_SECOND = 2.0, 2 * 1024 * 1024
 """What a body may take: a while, and its size at this pace."""
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
@@ -51,9 +54,9 @@ class Listening:
     """Those that are served at a time; more wait, and the silent ones give way."""
     connection_seconds: float
     """From the connection's first byte to the last answer's last one."""
-    max_waiting: int = 256
+    max_waiting: int = 2048
     """Connections that have said nothing yet, or have to wait."""
-    rate_per_address: float = 300.0
+    rate_per_address: float = 400.0
     """Connections a second of one address, in the long run; `burst_per_address` at once. More have to wait."""
     burst_per_address: float = 600.0
     client_ca: Path | None = None
@@ -62,7 +65,7 @@ class Listening:
     def limits(self) -> Limits:
         return Limits(
             seats=self.max_connections,
-            seats_per_address=max(1, self.max_connections * 3 // 4),
+            seats_per_address=max(1, self.max_connections * 7 // 8),
             waiting=self.max_waiting,
             rate_per_address=self.rate_per_address,
             burst_per_address=self.burst_per_address,
@@ -151,6 +154,7 @@ class _Protocols(web.Server):
             max_headers=MAX_HEADERS,
             max_field_size=MAX_HEADER_BYTES,
             read_bufsize=READ_BYTES,
+            keepalive_timeout=IDLE_SECONDS,
         )
         self.accepted: dict[web.RequestHandler, Connection] = {}
 
@@ -216,8 +220,10 @@ class HttpServer:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
-    def vouch(self, request: web.BaseRequest) -> None:
-        """Its caller is known: the connection gives way to nobody."""
+    def vouch(self, request: web.BaseRequest, *, keep: bool = False) -> None:
+        """Its caller is known: the connection gives way to nobody. `keep`: it may send further requests."""
+        if connection := self._protocols.accepted.get(request.protocol):
+            connection.kept = keep
         self._advance(request, Stage.PROVEN)
 
     def answers(self, request: web.BaseRequest) -> None:
@@ -230,16 +236,22 @@ class HttpServer:
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         self._advance(request, Stage.ASKING)
+        connection = self._protocols.accepted.get(request.protocol)
         response: web.StreamResponse | None
         try:
             response = oddity(request) or await self._handler(request)
+            keep = connection is not None and connection.kept and response.status == 200
         except Exception:
+            keep = False
             # A mistake of ours ends one request. It is counted, and told once for each.
             logger.exception("the %s could not answer", self._name)
             self._metrics.request_failed(self._name)
             response = web.Response(status=500, text="the request could not be handled; the operator's log says why\n")
-        # A second request behind the first could be somebody else's: its bytes are never looked at.
-        response.force_close()
+        if not keep:
+            # A second request behind the first could be somebody else's: its bytes are never looked at.
+            response.force_close()
+            if connection:
+                connection.kept = False
         self.answers(request)
         return response
 

@@ -364,7 +364,7 @@ async def test_who_speaks_takes_the_place_of_who_says_nothing(kube: KubeCluster,
     async with progress_server(kube, tmp_path, max_connections=3) as (_, post):
         held = [await open_connection(post) for _ in range(3)]
         assert (await post("/", None)).status == 404
-        reader, writer = held[0]
+        reader, _ = held[0]
         with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
             await asyncio.wait_for(reader.readexactly(1), 5)
         for _, other in held:

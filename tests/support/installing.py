@@ -167,16 +167,20 @@ class Release:
         return Replica(process, log, health)
 
     async def _mount(self, pod: Object, folder: Path) -> None:
-        """The pod's Secrets as files: of each no more than its items."""
+        """The pod's Secrets as files, of each no more than its items."""
+
+        def write(place: Path, files: Mapping[str, str]) -> None:
+            place.mkdir(parents=True, exist_ok=True)
+            for name, text in files.items():
+                (place / name).write_text(text)
+
         (container,) = pod["containers"]
         places = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
         for volume in pod["volumes"]:
             if wanted := volume.get("secret"):
-                place = Path(places[volume["name"]].replace(MOUNTS, str(folder)))
-                place.mkdir(parents=True, exist_ok=True)
                 files = await self.secret(wanted["secretName"])
-                for item in wanted["items"]:
-                    (place / item["path"]).write_text(files[item["key"]])
+                place = Path(places[volume["name"]].replace(MOUNTS, str(folder)))
+                write(place, {item["path"]: files[item["key"]] for item in wanted["items"]})
 
     async def _environment(self, account: str, own: Mapping[str, str]) -> dict[str, str]:
         kubeconfig = yaml.safe_load(self.cluster.kubeconfig.read_text())
