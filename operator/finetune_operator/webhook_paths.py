@@ -21,6 +21,9 @@ LIFETIME = timedelta(minutes=45)
 """A path older than this gets a successor: an API server shows it to the author of an object whose review failed on the
 way, so each run is to make a new one where it can."""
 
+MOST = 4
+"""Paths at a time: where the configuration cannot be written, successors do not pile up."""
+
 
 class Entry(NamedTuple):
     """A path that the operator answers to."""
@@ -73,6 +76,6 @@ def rotated(
     wanted = settled[-1] if settled else serving or entries[0]
     if wanted.path != configured or wanted.used is None:
         entries[entries.index(wanted)] = wanted._replace(used=now)
-    if now - entries[-1].added >= LIFETIME:
+    if now - entries[-1].added >= LIFETIME and len(entries) < MOST:
         entries.append(Entry(make(), now))
     return entries, wanted.path
