@@ -11,7 +11,8 @@ import ssl
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,18 @@ class Flood:
                 pass
 
 
+@asynccontextmanager
+async def answered_by(flood: Flood, reader: asyncio.StreamReader) -> AsyncIterator[asyncio.Task[None]]:
+    """Done when the server has answered and hung up."""
+    task = asyncio.create_task(flood.held(reader))
+    try:
+        yield task
+        await task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
 async def idle_tcp(flood: Flood) -> None:
     reader, writer = await flood.open(tls=False)
     with contextlib.closing(writer):
@@ -95,41 +108,38 @@ async def handshakes(flood: Flood) -> None:
 
 async def slow_head(flood: Flood) -> None:
     reader, writer = await flood.open()
-    answered = asyncio.ensure_future(flood.held(reader))
     with contextlib.closing(writer):
-        for byte in flood.head(10)[:-2] + b"X-Long: " + b"y" * 100_000:
-            writer.write(bytes([byte]))
-            await asyncio.wait([answered], timeout=0.2)
-            if answered.done() or time.monotonic() > flood.end:
-                break
-    await answered
+        async with answered_by(flood, reader) as answered:
+            for byte in flood.head(10)[:-2] + b"X-Long: " + b"y" * 100_000:
+                writer.write(bytes([byte]))
+                await asyncio.wait([answered], timeout=0.2)
+                if answered.done() or time.monotonic() > flood.end:
+                    break
 
 
 async def bodies(flood: Flood) -> None:
     """All of a large body but its last bytes."""
     reader, writer = await flood.open()
-    answered = asyncio.ensure_future(flood.held(reader))
     with contextlib.closing(writer):
-        writer.write(flood.head(7 * MIB) + b'{"a": "')
-        for _ in range(111):
-            writer.write(b"x" * 64 * 1024)
-            draining = asyncio.ensure_future(writer.drain())
-            await asyncio.wait([answered, draining], return_when=asyncio.FIRST_COMPLETED)
-            if answered.done():
-                draining.cancel()
-                break
-        await answered
+        async with answered_by(flood, reader) as answered:
+            writer.write(flood.head(7 * MIB) + b'{"a": "')
+            for _ in range(111):
+                writer.write(b"x" * 64 * 1024)
+                draining = asyncio.ensure_future(writer.drain())
+                await asyncio.wait([answered, draining], return_when=asyncio.FIRST_COMPLETED)
+                if answered.done():
+                    draining.cancel()
+                    break
 
 
 async def slow_body(flood: Flood) -> None:
     reader, writer = await flood.open()
-    answered = asyncio.ensure_future(flood.held(reader))
     with contextlib.closing(writer):
-        writer.write(flood.head(60_000))
-        while not answered.done() and time.monotonic() < flood.end:
-            writer.write(b"x")
-            await asyncio.wait([answered], timeout=0.2)
-    await answered
+        async with answered_by(flood, reader) as answered:
+            writer.write(flood.head(60_000))
+            while not answered.done() and time.monotonic() < flood.end:
+                writer.write(b"x")
+                await asyncio.wait([answered], timeout=0.2)
 
 
 async def slow_reader(flood: Flood) -> None:
