@@ -10,7 +10,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,9 +47,9 @@ class ProgressOptions(Listening):
     port: int = 8443
     max_connections: int = 1280
     connection_seconds: float = 15.0
-    rate_per_address: float = 200.0
+    rate_per_address: float = 300.0
     """A pod has an address of its own; on a laptop all share one."""
-    burst_per_address: float = 500.0
+    burst_per_address: float = 1500.0
     write_interval: float = 5.0
     reports_per_second: float = 1.0
     """Of one job, in the long run; `burst` at once."""
@@ -124,9 +124,7 @@ class ProgressServer:
         # Who holds a good token pays from the job's bucket; nobody else can empty it.
         known = self._authenticator.known(key, token) is not None
         familiar = known or self._authenticator.familiar(key, token)
-        buckets, payer = (self._jobs, key) if familiar else (self._strangers, request.remote)
-        if wait := buckets.take(payer, self._monotonic()):
-            raise Refused(429, "TooManyRequests", f"too many reports; the next one in {wait:.1f} s", wait)
+        self._pay(self._jobs if familiar else self._strangers, key if familiar else request.remote)
         if known:
             self._server.vouch(request)
         async with asyncio.timeout(self._options.call_seconds):
@@ -139,10 +137,18 @@ class ProgressServer:
             attempt = current_attempt(job)
             pod = await self._cluster.get_pod(key.namespace, identity.pod_name)
             check_pod(pod, identity, attempt, key.name)
+        if not familiar:
+            # Many reports with one new token come to no more than those with a known one.
+            self._pay(self._jobs, key)
         self._server.vouch(request)
         async with asyncio.timeout(self._options.call_seconds), body_of(request, MAX_BODY, self._bodies) as body:
             report = parse(bytes(body), self._clock())
         self._writer.accept(key, attempt.job_uid, attempt.number, report)
+
+    def _pay(self, buckets: Buckets, payer: Hashable) -> None:
+        """Raises Refused where the payer has nothing left."""
+        if wait := buckets.take(payer, self._monotonic()):
+            raise Refused(429, "TooManyRequests", f"too many reports; the next one in {wait:.1f} s", wait)
 
     def _refusal(self, error: Exception, key: JobKey | None) -> Refused:
         """What the trainer is told where its report was not taken."""

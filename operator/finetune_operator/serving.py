@@ -58,7 +58,7 @@ class Listening:
     """Connections that have said nothing yet, or have to wait."""
     rate_per_address: float = 400.0
     """Connections a second of one address, in the long run; `burst_per_address` at once. More have to wait."""
-    burst_per_address: float = 600.0
+    burst_per_address: float = 1500.0
     client_ca: Path | None = None
     """PEM: the authorities of client certificates, without which no connection is made; None: none is asked for."""
 
@@ -122,7 +122,7 @@ def oddity(request: web.BaseRequest) -> web.Response | None:
     if "Transfer-Encoding" in headers:
         return web.Response(status=411, text="found Transfer-Encoding; send the body with a Content-Length\n")
     if "Upgrade" in headers:
-        return web.Response(status=400, text="found Upgrade; this server speaks HTTP/1.1 alone\n")
+        return web.Response(status=400, text="found Upgrade; send a plain request\n")
     if "Expect" in headers:
         return web.Response(status=417, text="found Expect; send the body at once\n")
     if not request.raw_path.startswith("/"):

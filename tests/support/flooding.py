@@ -41,11 +41,10 @@ class Flood:
 
     async def open(self, *, tls: bool = True) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         source = (self.options["source"], 0) if "source" in self.options else None
-        opened = await asyncio.open_connection(
+        self.seen["connections"] += 1
+        return await asyncio.open_connection(
             HOST, self.port, ssl=self.tls if tls else None, local_addr=source, limit=4096
         )
-        self.seen["connections"] += 1
-        return opened
 
     def head(self, length: int) -> bytes:
         lines = [f"POST {self.options.get('path', '/validate')} HTTP/1.1", "Host: a", "Content-Type: application/json"]

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_operator.seats import Limits, Seats, Stage
+from finetune_operator.seats import AT_ONCE, Limits, Seats, Stage
 
 LIMITS = Limits(seats=4, seats_per_address=4, waiting=8, rate_per_address=1000.0, burst_per_address=1000.0)
 
@@ -98,6 +98,15 @@ def test_an_address_has_a_rate_and_others_theirs() -> None:
     assert seats.settle(0.55).seated == [5, 6, 7, 8, 9]
 
 
+def test_a_crowd_is_seated_in_turns_with_everything_else() -> None:
+    seats = Seats(limits(seats=100, seats_per_address=100, waiting=100))
+    for number in range(AT_ONCE + 3):
+        seats.arrive(number, "a", 0.0)
+        seats.speaks(number, 0.0)
+    assert seats.settle(0.0) == (list(range(AT_ONCE)), [], 0.0)
+    assert seats.settle(0.0) == ([AT_ONCE, AT_ONCE + 1, AT_ONCE + 2], [], None)
+
+
 def test_the_queue_is_bounded_and_the_silent_leave_it_first() -> None:
     seats = Seats(limits(waiting=2))
     assert seats.arrive(0, "a", 0.0) is None
@@ -149,4 +158,4 @@ def test_whatever_comes_the_bounds_hold_and_nobody_is_lost(steps: list[tuple[str
             del known[closed]
         assert len(seats) == len(known)
         assert len(known) <= LIMITS.seats + LIMITS.waiting
-        assert found.again is None or found.again > now
+        assert found.again is None or found.again > now or len(found.seated) == AT_ONCE
