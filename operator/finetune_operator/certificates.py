@@ -127,7 +127,7 @@ async def _keep_paths(
 
 
 def _new_path() -> str:
-    return webhook_paths.PREFIX + secrets.token_urlsafe(32)
+    return webhook_paths.PREFIX + secrets.token_hex(32)
 
 
 def _data(secret: Object | None) -> dict[str, bytes]:

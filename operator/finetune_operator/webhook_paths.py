@@ -14,7 +14,8 @@ from typing import NamedTuple
 from pydantic import AwareDatetime, TypeAdapter, ValidationError
 
 PREFIX = "/validate/"
-PATTERN = re.compile(r"/validate/[A-Za-z0-9_-]{32,128}")
+PATTERN = re.compile(r"/validate/[a-z0-9]{43,128}")
+"""256 bits. An API server takes no other segments than names of objects have: lower case, letters and digits."""
 SETTLED = timedelta(minutes=10)
 """All pods show a changed Secret by then, and all API servers use a changed configuration."""
 LIFETIME = timedelta(minutes=45)

@@ -4,6 +4,7 @@ import base64
 import copy
 import dataclasses
 import datetime
+import re
 import ssl
 from typing import Any
 
@@ -146,6 +147,7 @@ async def test_the_webhooks_path_is_known_to_pods_before_the_api_server_uses_it(
     await stored.keep(NOW)
     (first,) = stored.paths()
     assert stored.used() == {first}
+    assert re.fullmatch("/validate/[a-z0-9]{64}", first), "as API servers want it, and nobody guesses it"
     assert stored.secrets["paths"]["type"] == "Opaque"
     await stored.keep(NOW + DAY)
     assert stored.writes == ["paths"]

@@ -1,6 +1,7 @@
 """The webhook's paths change without a call that fails: every pod answers to the one that the API server uses."""
 
 import itertools
+import json
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -129,8 +130,13 @@ def test_no_path_lives_much_longer_than_it_is_used() -> None:
         assert all(release.now - entry.added <= 4 * LIFETIME for entry in release.secret)
 
 
+UPPER = json.dumps([["/validate/" + "A" * 43, "2026-01-01T00:00:00Z", None]]).encode()
+"""An API server refuses it in a configuration."""
+
+
 @pytest.mark.parametrize(
-    "text", [b"", b"[]", b"{}", b'["/validate/x"]', b'[["/validate/short","2026-01-01T00:00:00Z",null]]', b"\xff"]
+    "text",
+    [b"", b"[]", b"{}", b'["/validate/x"]', b'[["/validate/short","2026-01-01T00:00:00Z",null]]', b"\xff", UPPER],
 )
 def test_what_is_no_list_of_paths_is_refused(text: bytes) -> None:
     with pytest.raises(BadPaths):
