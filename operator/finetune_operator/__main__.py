@@ -4,6 +4,7 @@ import asyncio
 import gc
 import logging
 import os
+import resource
 import sys
 import warnings
 
@@ -18,6 +19,7 @@ from finetune_operator.logformat import JsonFormatter, PlainFormatter
 from finetune_operator.settings import PREFIX, Settings, operator_version
 
 logger = logging.getLogger("finetune_operator")
+MAX_FILES = 16384
 
 
 def configure_logging(settings: Settings) -> None:
@@ -33,7 +35,6 @@ def configure_logging(settings: Settings) -> None:
 async def operate(settings: Settings) -> None:
     """Runs until a signal comes or a part fails."""
     controller = Controller(settings)
-    port, host = settings.liveness_port, settings.liveness_host
     logger.info("finetune-operator %s serves %s", operator_version(), " ".join(settings.namespaces) or "all namespaces")
     try:
         await kopf.operator(
@@ -41,7 +42,6 @@ async def operate(settings: Settings) -> None:
             standalone=True,
             clusterwide=not settings.namespaces,
             namespaces=settings.namespaces,
-            liveness_endpoint=f"http://{host}:{port}/healthz" if port else None,
             stop_flag=controller.over,
         )
     except Exception:
@@ -56,10 +56,15 @@ def main() -> None:
     try:
         settings = Settings.from_environment(os.environ)
     except ValidationError as error:
-        text = "; ".join(f"{PREFIX}{str(p.path[0]).upper()}: {p.message}" for p in problems_of(error))
+        text = "; ".join(
+            f"{PREFIX}{str(p.path[0]).upper()}: {p.message}" if p.path else p.message for p in problems_of(error)
+        )
         raise SystemExit(text) from None
     configure_logging(settings)
     warnings.filterwarnings("ignore", category=FutureWarning, module="kopf")
+    # Strangers may hold a thousand connections on each of the servers.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(MAX_FILES, most), most))
     # What was imported stays: the collector need not go through it again and again.
     gc.freeze()
     try:

@@ -23,10 +23,11 @@ from finetune_operator.metrics import Metrics
 from finetune_operator.nettesting import NetworkTests
 from finetune_operator.news import ChildNews, JobNews, job_facts, job_fingerprint, pod_facts, prepares
 from finetune_operator.observe import Census
+from finetune_operator.probes import ProbeServer
 from finetune_operator.profiles import Profiles
 from finetune_operator.progress import ProgressOptions, ProgressServer
 from finetune_operator.reconcile import Key, NotYet, glance, reconcile, stall, utc_now
-from finetune_operator.scrape import Access, MetricsServer
+from finetune_operator.scrape import CONNECTION_SECONDS, MAX_CONNECTIONS, Access, MetricsServer
 from finetune_operator.serving import Listening
 from finetune_operator.settings import Settings, operator_version
 from finetune_operator.signing import Sign, signer
@@ -79,6 +80,10 @@ class Controller:
         self.metrics.queue_depth.set_function(lambda: len(self._queue))
         if self.settings.signing_key:
             self._sign = await asyncio.to_thread(signer, self.settings.signing_key)
+        if self.settings.liveness_port is not None:
+            probes = ProbeServer(self.problem, self.settings.liveness_host, self.settings.liveness_port, self.metrics)
+            await probes.start()
+            self._stack.push_async_callback(probes.stop)
         configuration = await load_configuration()
         self._cluster = KubeCluster(configuration, timeout=self.settings.api_timeout_seconds, on_call=self._on_call)
         self._stack.push_async_callback(self._cluster.close)
@@ -346,7 +351,13 @@ class Controller:
         self._stack.push_async_callback(server.stop)
         if settings.admission_port is not None:
             reviews = AdmissionOptions(
-                options.tls_folder, options.hosts, settings.admission_host, settings.admission_port
+                options.tls_folder,
+                options.hosts,
+                settings.admission_host,
+                settings.admission_port,
+                paths_file=settings.admission_paths,
+                client_ca=settings.admission_client_ca,
+                client_names=settings.admission_client_names,
             )
             webhook = AdmissionServer(self._cluster, self._profiles, reviews, self.metrics)
             await webhook.start()
@@ -367,7 +378,9 @@ class Controller:
             host, port = settings.metrics_host, settings.metrics_port
             if settings.metrics_authentication:
                 access = Access(self._cluster)
-                listening = Listening(settings.tls_folder, self._hosts(), host, port, 64, connection_seconds=30.0)
+                listening = Listening(
+                    settings.tls_folder, self._hosts(), host, port, MAX_CONNECTIONS, CONNECTION_SECONDS
+                )
             server = MetricsServer(self.metrics, host, port, access=access, listening=listening)
             await self._stack.enter_async_context(server)
 

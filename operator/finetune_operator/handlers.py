@@ -1,4 +1,4 @@
-"""kopf's part: watching, login, the liveness server and signals. What happens with an event is the controller's."""
+"""kopf's part: watching, login and signals. What happens with an event is the controller's."""
 
 from typing import Any
 
@@ -9,6 +9,7 @@ from finetune_operator.cluster import ApiError, in_cluster
 from finetune_operator.controller import Controller
 from finetune_operator.manifests import MANAGED_BY
 from finetune_operator.tls import TlsError
+from finetune_operator.webhook_callers import Unrecognisable
 
 SILENCE_SECONDS = 70.0
 """Without an event for so long, a bookmark included, a watch counts as dead and is opened anew where it stopped: an API
@@ -29,7 +30,7 @@ def registry(controller: Controller) -> kopf.OperatorRegistry:
         configure(settings)
         try:
             await controller.start()
-        except (ApiError, TlsError, OSError) as error:
+        except (ApiError, TlsError, Unrecognisable, OSError) as error:
             raise kopf.PermanentError(str(error)) from error
 
     @kopf.on.cleanup(registry=handlers)
@@ -40,13 +41,6 @@ def registry(controller: Controller) -> kopf.OperatorRegistry:
     def login(**kwargs: Any) -> Any:
         # The same choice as for our own client; without a handler any installed library's credentials may be used.
         return kopf.login_with_service_account(**kwargs) if in_cluster() else kopf.login_with_kubeconfig(**kwargs)
-
-    @kopf.on.probe(registry=handlers, id="problem")
-    async def probe(**_: Any) -> str:
-        # PermanentError answers 500; after any other exception the probe would be tried again and hang.
-        if problem := controller.problem():
-            raise kopf.PermanentError(problem)
-        return "none"
 
     # Coroutines: kopf calls plain functions in threads, and the controller belongs to the event loop.
     @kopf.on.event(GROUP, VERSION, "finetunejobs", registry=handlers)

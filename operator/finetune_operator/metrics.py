@@ -93,6 +93,18 @@ class Metrics:
         )
         for result in REVIEWED:
             self._reviews.labels(result)
+        self._connections = Counter(
+            PREFIX + "connections",
+            "Connections of the operator's own servers, by what became of them.",
+            ["server", "result"],
+            registry=registry,
+        )
+        self._failed_requests = Counter(
+            PREFIX + "failed_requests",
+            "Requests to the operator's own servers that ended in an error of the operator.",
+            ["server"],
+            registry=registry,
+        )
         self._progress_writes = Counter(
             PREFIX + "progress_writes", "Writes of status.trainerStatus by result.", ["result"], registry=registry
         )
@@ -151,6 +163,14 @@ class Metrics:
     def review(self, result: str) -> None:
         """One admission review: `allowed`, `denied`, `failed`."""
         self._reviews.labels(result).inc()
+
+    def connection(self, server: str, result: str) -> None:
+        """One connection of a server of ours: `seated`, or `refused`, `evicted`, `late`."""
+        self._connections.labels(server, result).inc()
+
+    def request_failed(self, server: str) -> None:
+        """One request that was answered with 500, or would have been."""
+        self._failed_requests.labels(server).inc()
 
     def progress_write(self, result: str) -> None:
         """One try to write status.trainerStatus: `written`, `failed`, `dropped`."""

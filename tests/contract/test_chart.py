@@ -141,7 +141,7 @@ def test_the_certificates_account_sees_one_secret_and_one_webhook() -> None:
     rules = list(rules_of(render(), "ft-certificates"))
     for where, rule in rules:
         assert where == "finetune-system" or rule["resources"] == ["validatingwebhookconfigurations"]
-        assert rule["verbs"] == ["create"] or rule["resourceNames"] in (["ft-tls"], ["ft"])
+        assert rule["verbs"] == ["create"] or rule["resourceNames"] in (["ft-tls", "ft-webhook"], ["ft"])
     assert {(*rule["resources"], *rule["verbs"]) for _, rule in rules} == {
         ("secrets", "create"),
         ("secrets", "get", "update"),
@@ -197,7 +197,7 @@ def test_the_certificate_is_for_both_services_and_the_pods_do_not_get_the_author
     for source in SOURCES:
         manifests = render(switched(False, 2, source, True, True, False))
         (deployment,) = of_kind(manifests, "Deployment")
-        (volume,) = (v["secret"] for v in deployment["spec"]["template"]["spec"]["volumes"] if "secret" in v)
+        (volume,) = (v["secret"] for v in deployment["spec"]["template"]["spec"]["volumes"] if v["name"] == "tls")
         assert volume["secretName"] == ("mine" if source == "Secret" else "ft-tls")
         assert [item["key"] for item in volume["items"]] == ["tls.crt", "tls.key", "ca.crt"]
         names = {f"{service['metadata']['name']}.finetune-system.svc" for service in of_kind(manifests, "Service")}
@@ -205,7 +205,7 @@ def test_the_certificate_is_for_both_services_and_the_pods_do_not_get_the_author
             (job,) = of_kind(manifests, "Job")
             arguments = job["spec"]["template"]["spec"]["containers"][0]["args"]
             assert names <= {a.removeprefix("--host=") for a in arguments}
-            assert "--secret=finetune-system/ft-tls" in arguments
+            assert {"--namespace=finetune-system", "--certificate=ft-tls"} <= set(arguments)
         if source == "CertManager":
             assert names <= set(certificate(manifests)["spec"]["dnsNames"])
             assert certificate(manifests)["spec"]["secretName"] == "ft-tls"

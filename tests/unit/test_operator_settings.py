@@ -33,6 +33,20 @@ def test_a_wrong_setting_is_refused(environment: dict[str, str]) -> None:
         Settings.from_environment(environment)
 
 
+@pytest.mark.parametrize("given", [{}, {"ADMISSION_CLIENT_NAMES": "kube-apiserver"}])
+def test_a_webhook_that_cannot_tell_who_calls_does_not_start(
+    given: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"ADMISSION_PORT": "9443", **given}.items():
+        monkeypatch.setenv(f"FINETUNE_OPERATOR_{name}", value)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert str(caught.value) == (
+        "FINETUNE_OPERATOR_ADMISSION_PORT: found 9443 and nothing that tells the API server from a stranger; "
+        "set FINETUNE_OPERATOR_ADMISSION_PATHS or FINETUNE_OPERATOR_ADMISSION_CLIENT_CA"
+    )
+
+
 def test_a_wrong_setting_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FINETUNE_OPERATOR_WORKERS", "0")
     with pytest.raises(SystemExit) as caught:
