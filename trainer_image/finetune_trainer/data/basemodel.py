@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -63,6 +64,7 @@ MODEL_FILES = {
     "merges.txt",
     "tokenizer.model",
 }
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -169,6 +171,7 @@ def _inspect(
         if name.endswith(".safetensors"):
             tensors |= header_of(store, files[name])
     _check_embedding(tensors, config, prefix)
+    _check_layers(tensors, config, prefix)
     with during(Reason.MODEL_INVALID, f"{config_uri} and the weights' headers do not tell the model's shape"):
         shape = model_shape(config, tensors, spec.tuning, prefix)
     linears = linear_modules(tensors)
@@ -193,6 +196,14 @@ def _check_embedding(tensors: Mapping[str, Tensor], config: Mapping[str, Any], p
                 f"{prefix}: the weights' {name} has the shape {list(tensor.shape)}; config.json's vocab_size and "
                 f"hidden_size say {list(wanted)}"
             )
+
+
+def _check_layers(tensors: Mapping[str, Tensor], config: Mapping[str, Any], prefix: str) -> None:
+    """A model has no more layers than its weights: transformers would make the others, however many they are."""
+    found = len({match[1] for name in tensors if (match := _LAYER.search(name))})
+    said = number(config, "layers", prefix)
+    if found and said > found:
+        raise invalid(f"{prefix}config.json says that there are {said!r:.40} layers; the weights have {found:,}")
 
 
 def header_of(store: Store, pinned: PinnedObject) -> dict[str, Tensor]:
