@@ -1,4 +1,4 @@
-"""Files that are made to break a library, to run for ever or to fill the memory: each is refused at once, by its name."""
+"""Files that are made to break a library, to run for ever or to fill the memory: each is refused by its name."""
 
 import gzip
 import io
@@ -237,10 +237,11 @@ FILES: dict[str, tuple[str, Callable[[], bytes], str, dict[str, Any]]] = {
     "half a character in a role": (
         "x.jsonl", lambda: line(messages=[{"role": "\ud800", "content": "x"}]), "line 1: .*role` must be one of", {}),
     "an integer of a million digits": (
-        "x.jsonl", lambda: GOOD + b'{"prompt": ' + b"1" * 10**6 + b"}\n", 
+        "x.jsonl", lambda: GOOD + b'{"prompt": ' + b"1" * 10**6 + b"}\n",
         "line 11: invalid JSON: Exceeds the limit", {}),
     "a million keys": (
-        "x.jsonl", lambda: b"{" + b", ".join(b'"k%d": 1' % i for i in range(10**6)) + b"}\n", "which fit no format", {}),
+        "x.jsonl", lambda: b"{" + b", ".join(b'"k%d": 1' % i for i in range(10**6)) + b"}\n",
+        "which fit no format", {}),
     "a million keys and one of them twice": (
         "x.jsonl", lambda: GOOD + b"{" + b", ".join(b'"k%d": 1' % (i % 999_999) for i in range(10**6)) + b"}\n",
         "line 11: invalid JSON: the key 'k0' stands twice", {}),
@@ -288,7 +289,8 @@ TEMPLATES: dict[str, tuple[str, Reason, str]] = {
         "{% set ns = namespace(x=prompt) %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}",
         Reason.DATA_INVALID, "line 1: the template failed: it makes a text of more than 4,194,304 characters"),
     "an unknown codec": (
-        "{{ prompt.encode('nope') }}", Reason.DATA_INVALID, "line 1: the template failed: access to attribute 'encode'"),
+        "{{ prompt.encode('nope') }}", Reason.DATA_INVALID,
+        "line 1: the template failed: access to attribute 'encode'"),
     "half a character": (
         "{{ prompt }}\ud800", Reason.DATA_INVALID, "line 1: the text has half of a surrogate pair|surrogate"),
     "many parentheses": (
