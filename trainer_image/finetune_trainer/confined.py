@@ -50,7 +50,8 @@ class Note(NamedTuple):
     memory: int
     """Bytes that it may take more than there were."""
     mapped: int
-    """Bytes of memory of its own that the process had mapped."""
+    resident: int
+    """Bytes of memory that the process had mapped as its own, and that were there, when it began."""
 
 
 class _Board:
@@ -60,8 +61,10 @@ class _Board:
         self._memory = mmap.mmap(-1, _NOTE * len(LANES))
         self.limit = limit
         """Bytes that the child may take."""
-        self.hard = self.soft = self.mapped = 0
-        """In the child: RLIMIT_DATA, what of it holds now, and the bytes that were mapped when last looked at."""
+        self.hard = self.soft = 0
+        """In the child: RLIMIT_DATA, and what of it holds now."""
+        self.seen = (0, 0)
+        """Its memory when last looked at."""
 
     def write(self, lane: str, note: Note | None) -> None:
         if note:
@@ -120,7 +123,7 @@ def during(
     before = _at.get(own)
     if _board:
         told = f"{before.what}: {what}" if before and not what.startswith("spec.") else what
-        _enter(own, Note(reason, told, advice, time.process_time() + seconds, seconds, memory, mapped_bytes()))
+        _enter(own, Note(reason, told, advice, time.process_time() + seconds, seconds, memory, *_look()))
     try:
         yield
     except FineTuneError:
@@ -138,7 +141,7 @@ def during(
 def mark(reason: Reason, what: str, seconds: float = 120.0) -> None:
     """Notes what the main lane does from now on, without limits of its own: cheap enough for every row."""
     if _board:
-        note = Note(reason, what, "", time.process_time() + seconds, seconds, _board.limit, _board.mapped)
+        note = Note(reason, what, "", time.process_time() + seconds, seconds, _board.limit, *_board.seen)
         _board.write("main", note)
 
 
@@ -157,7 +160,8 @@ def fault(reason: Reason, what: str, error: BaseException, advice: str = "") -> 
         notes = _board.read() if _board else []
         if not _board or not notes:
             raise error
-        return _of_memory(notes, _board.limit, _board.soft)
+        soft = _board.soft
+        return _of_memory(notes, _board.limit, lambda note: soft - note.mapped)
     traceback.print_exception(error)
     return FineTuneError(reason, one_line(f"{what}: {said(error)}{_tail(advice)}"))
 
@@ -182,12 +186,18 @@ def _tail(advice: str) -> str:
     return f"; {advice}" if advice else ""
 
 
-def mapped_bytes() -> int:
-    """Memory of its own that this process has mapped: what RLIMIT_DATA counts."""
-    found = int(Path("/proc/self/statm").read_text().split()[5]) * _PAGE
+def _look() -> tuple[int, int]:
+    """This process's memory: what it has mapped as its own, which RLIMIT_DATA counts, and what is there."""
+    found = memory_of("self")
     if _board:
-        _board.mapped = found
+        _board.seen = found
     return found
+
+
+def memory_of(process: int | str) -> tuple[int, int]:
+    """Bytes that are mapped as its own, and bytes that are there."""
+    fields = Path(f"/proc/{process}/statm").read_text().split()
+    return int(fields[5]) * _PAGE, int(fields[1]) * _PAGE
 
 
 def pod_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
@@ -238,7 +248,7 @@ def _child(work: Callable[[], TerminationMessage], board: _Board, writing: int, 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
         _board = board
-        board.hard = board.soft = mapped_bytes() + board.limit
+        board.hard = board.soft = _look()[0] + board.limit
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_DATA, (board.hard, board.hard))
         try:
@@ -247,7 +257,8 @@ def _child(work: Callable[[], TerminationMessage], board: _Board, writing: int, 
             answer = {"reason": error.reason, "text": one_line(str(error))}
         except MemoryError:
             traceback.print_exc()
-            answer = {"reason": Reason.HOST_OUT_OF_MEMORY, "text": _pod_is_full(board.limit)}
+            full = _of_memory(board.read(), board.limit, lambda note: board.soft - note.mapped)
+            answer = {"reason": full.reason, "text": str(full)}
         except Exception as error:
             traceback.print_exc()
             answer = {"message": failure_of(error).model_dump_json(by_alias=True, exclude_none=True)}
@@ -273,28 +284,28 @@ def _watch(pid: int, reading: int, board: _Board) -> tuple[bytes, FineTuneError 
                 continue
             return answer if answer.endswith(b"}") else b"", None, resident
         notes = board.read()
-        used, resident = time.clock_gettime(clock), _resident(pid)
+        used, resident = time.clock_gettime(clock), memory_of(pid)[1]
         late = next((note for note in notes if used > note.until), None)
         if late:
             text = f"{late.what}: it takes more than {late.seconds:g} seconds of CPU time{_tail(late.advice)}"
             killed = FineTuneError(late.reason, one_line(text))
         elif resident > board.limit:
-            killed = _of_memory(notes, board.limit, resident)
+            killed = _by_resident(notes, board.limit, resident)
         else:
             continue
         os.kill(pid, signal.SIGKILL)
         return b"", killed, resident
 
 
-def _resident(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE
+def _by_resident(notes: list[Note], limit: int, resident: int) -> FineTuneError:
+    return _of_memory(notes, limit, lambda note: resident - note.resident)
 
 
-def _of_memory(notes: list[Note], limit: int, reached: int) -> FineTuneError:
-    """Who took it, at so many bytes: what took more than it may, or half of the pod's by itself; else all of it did."""
+def _of_memory(notes: list[Note], limit: int, grown: Callable[[Note], int]) -> FineTuneError:
+    """Who took it, by the bytes since each began: what took more than it may, or half of the pod's; else all did."""
     for note in notes:
         most = min(note.memory, limit // 2)
-        if reached - note.mapped >= most:
+        if grown(note) >= most:
             text = f"{note.what}: it takes more than {most // MIB:,} MiB of memory{_tail(note.advice)}"
             return FineTuneError(note.reason, one_line(text))
     return FineTuneError(Reason.HOST_OUT_OF_MEMORY, _pod_is_full(limit))
@@ -309,7 +320,7 @@ def _pod_is_full(limit: int) -> str:
 def _death(code: int, notes: list[Note], limit: int, resident: int) -> FineTuneError:
     """What a child died of that said nothing: a library that broke or was refused memory, or the kernel's hand."""
     if code == -signal.SIGKILL:
-        return _of_memory(notes, limit, max(resident, limit))
+        return _by_resident(notes, limit, max(resident, limit))
     name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     if notes:
         note = notes[0]
