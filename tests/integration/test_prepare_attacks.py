@@ -165,16 +165,29 @@ MODELS: dict[str, tuple[Change, str]] = {
     "a config that is deep": (raw("config.json", DEEP), "config.json: it is not valid JSON"),
     "an index that is deep": (raw("model.safetensors.index.json", DEEP), "is not an index of safetensors files"),
     "settings that are deep": (raw("tokenizer_config.json", DEEP), "tokenizer_config.json is not valid JSON"),
-    "a negative width of a head": (with_config(head_dim=-8), "head_dim|key_value_size"),
-    "a vocabulary of 400 digits": (with_config(vocab_size=10**400), "vocab_size"),
+    "a negative width of a head": (with_config(head_dim=-8), "`head_dim` must be a whole number from 1 to .*found -8"),
+    "a width of a head of 400 digits": (with_config(head_dim=10**400), "`head_dim` must be a (whole|finite) number"),
+    "a vocabulary of 400 digits": (with_config(vocab_size=10**400), "`vocab_size` must be a (whole|finite) number"),
     "a width of 5,000 digits": (numbered("hidden_size", "1" * 5000), "config.json: it is not valid JSON"),
     "layers without end": (
-        with_config(num_hidden_layers=10**400), "config.json says that there are 1000.* layers; the weights have 2"),
+        with_config(num_hidden_layers=10**400), "`num_hidden_layers` must be a (whole|finite) number"),
     "a billion of layers": (
         with_config(num_hidden_layers=10**9), "config.json says that there are 1000000000 layers; the weights have 2"),
     "a width that is a truth value": (with_config(hidden_size=True), "`hidden_size` must be a whole number"),
     "a width that is NaN": (numbered("hidden_size", "NaN"), "`hidden_size` must be a whole number"),
     "a width that is infinite": (numbered("hidden_size", "1e999"), "`hidden_size` must be a whole number"),
+    "a base that is NaN": (numbered("rope_theta", "NaN"), "`rope_theta` must be a finite number; found nan"),
+    "an epsilon that is a text": (with_config(rms_norm_eps="small"), "`rms_norm_eps` must be a number; found 'small'"),
+    "a flag that is a text": (with_config(tie_word_embeddings="no"), "`tie_word_embeddings` must be true or false"),
+    "heads that cannot be shared": (with_config(num_key_value_heads=3), "it must divide `num_attention_heads`"),
+    "a padding beyond the vocabulary": (with_config(pad_token_id=10**6), "`pad_token_id` must be a token below"),
+    "settings of generation without end": (
+        raw("generation_config.json", b'{"max_length": 1' + b"0" * 400 + b"}"),
+        "generation_config.json: `max_length` must be a finite number"),
+    "settings of generation that are a list": (raw("generation_config.json", b"[1]"), "must be one JSON object"),
+    "a chat template that is a number": (
+        with_json("tokenizer_config.json", chat_template=5), "`chat_template` must be a text, or a list .*found 5"),
+    "an end that is a list": (with_json("tokenizer_config.json", eos_token=[1]), "`eos_token` must be a text"),
     "a family of half characters": (with_config(architectures=["\ud800ForCausalLM"]), "config.json"),
     "an end of half a character": (
         with_json("tokenizer_config.json", eos_token="\ud800"),
@@ -193,7 +206,7 @@ MODELS: dict[str, tuple[Change, str]] = {
     "a chat template in Latin-1": (raw("chat_template.jinja", b"\xfc"), "chat_template.jinja: byte 1 is not UTF-8"),
     "an end that is a huge number": (
         lambda f: with_config(eos_token_id=-(2**70))(with_json("tokenizer_config.json", eos_token=None)(f)),
-        "no end-of-sequence token"),
+        "`eos_token_id` must be a finite number"),
     "a header that says it is large": (
         with_header(b"{}", 2**62), "its header would have 4,611,686,018,427,387,904 bytes"),
     "a header that is deep": (with_header(DEEP), "its safetensors header is not valid JSON"),

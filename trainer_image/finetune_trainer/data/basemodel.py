@@ -28,6 +28,7 @@ from finetune_api.sizing import ModelShape
 from finetune_api.tuning import Tuning
 from finetune_trainer import log
 from finetune_trainer.confined import during
+from finetune_trainer.data.configvalues import check_numbers, check_values
 from finetune_trainer.data.formats import BadRow, half_characters, is_text
 from finetune_trainer.data.readers import POINTER
 from finetune_trainer.data.templates import DEFAULT_CHAT_TEMPLATE, BadTemplate, ChatTemplate, Costly
@@ -156,6 +157,7 @@ def _inspect(
 ) -> BaseModel:
     config_uri = f"{prefix}config.json"
     config = parse_config(store.get_bytes(files["config.json"], SMALL), config_uri)
+    check_values(config, config_uri)
     if "tokenizer.json" not in files:
         raise invalid(f"{prefix} has no tokenizer.json; save the model with a fast tokenizer (save_pretrained)")
     tokenizer_uri = f"{prefix}tokenizer.json"
@@ -265,6 +267,9 @@ def _optional_json(store: Store, files: Mapping[str, PinnedObject], name: str) -
     if half_characters(data) and not is_text(json.dumps(value, ensure_ascii=False)):
         raise invalid(f"{uri} has half of a surrogate pair, which is no character")
     check_beside(value, uri)
+    if name == "generation_config.json":
+        # A tokenizer says with 10^30 that its texts have no end.
+        check_numbers(value, uri)
     return value
 
 
@@ -274,8 +279,12 @@ def _special_tokens(store: Store, files: Mapping[str, PinnedObject]) -> dict[str
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         for key, value in _optional_json(store, files, name).items():
             text = value.get("content") if isinstance(value, dict) else value
-            if key.endswith("_token") and isinstance(text, str):
-                found[key] = text
+            if not key.endswith("_token") or isinstance(text, bool | None):
+                # Such as add_bos_token, and a token that there is none of.
+                continue
+            if not isinstance(text, str):
+                raise invalid(f"{files[name].uri}: `{key}` must be a text; found {text!r:.60}")
+            found[key] = text
     return found
 
 
@@ -289,7 +298,10 @@ def _chat_source(store: Store, files: Mapping[str, PinnedObject]) -> str | None:
     value = _optional_json(store, files, "tokenizer_config.json").get("chat_template")
     if isinstance(value, list):
         value = next((t.get("template") for t in value if isinstance(t, dict) and t.get("name") == "default"), None)
-    return value if isinstance(value, str) else None
+    if value is not None and not isinstance(value, str):
+        uri = files["tokenizer_config.json"].uri
+        raise invalid(f"{uri}: `chat_template` must be a text, or a list of them by name; found {value!r:.60}")
+    return value
 
 
 def _eos_id(tokenizer: Tokenizer, special: Mapping[str, str], config: Mapping[str, Any], uri: str) -> int:

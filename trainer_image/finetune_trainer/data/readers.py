@@ -24,6 +24,8 @@ LINE_LIMIT = 16 * 2**20
 """Bytes of one line, so that a file without line ends does not fill the memory."""
 RATIO, FREE = 200, 64 * 2**20
 """Text packs to a tenth or so: a file that gives more than RATIO bytes for one, after the first FREE, is a bomb."""
+ROW_SLACK = 2**16
+"""Bytes of a CSV file that are read before the row that they follow is told."""
 COLUMNS = 10_000
 """Of a CSV or parquet file."""
 BLANK = 4_000_000
@@ -331,7 +333,7 @@ class _Lines:
         self.size += len(line)
         if len(line) > LINE_LIMIT:
             raise _unreadable(self._uri, self._number, f"the line has more than {LINE_LIMIT:,} bytes")
-        if self.size > LINE_LIMIT + 2**16:
+        if self.size > LINE_LIMIT + ROW_SLACK:
             raise _unreadable(self._uri, self._number, f"invalid CSV (one row has more than {LINE_LIMIT:,} bytes)")
         if self._number == 1:
             line = _without_mark(line, self._uri)
