@@ -25,7 +25,7 @@ PAGE = 500
 """Objects that are asked for at once, at most."""
 PAGE_BYTES = 4 * MIB
 """Bytes of an answer with several objects, at most: of larger ones fewer are asked for."""
-FIRST_PAGE = 100
+FIRST_PAGE = 25
 MOST_CHILDREN = 5000
 """Objects of a kind that one FineTuneJob may have: a gang has up to 1,024 pods, and some attempts are kept."""
 
