@@ -226,15 +226,16 @@ class KubeCluster(Connection):
             "kind": "TokenReview",
             "spec": {"token": token, "audiences": list(audiences)},
         }
-        status = (await self.call("POST", collection("TokenReview", None), {}, review)).get("status", {})
+        status = (await self.call("POST", collection("TokenReview", None), {}, review)).get("status") or {}
         # A server that knows nothing of audiences answers without them: that is a refusal too.
         if not status.get("authenticated") or not set(audiences) & set(status.get("audiences") or ()):
             return None
-        extra = status["user"].get("extra") or {}
+        user = status.get("user") or {}
+        extra = user.get("extra") or {}
         pod_name, pod_uid = (
             next(iter(extra.get(f"authentication.kubernetes.io/{key}") or ()), None) for key in ("pod-name", "pod-uid")
         )
-        return TokenUser(status["user"].get("username", ""), pod_name, pod_uid)
+        return TokenUser(user.get("username", ""), pod_name, pod_uid)
 
     async def may(self, user: Mapping[str, Any], attributes: Object) -> bool:
         """Whether a user (authentication.k8s.io/v1 UserInfo) may do what these resourceAttributes say."""
@@ -244,12 +245,12 @@ class KubeCluster(Connection):
         spec: Object = {"user": user.get("username"), **attributes}
         spec |= {key: user[key] for key in ("uid", "groups", "extra") if user.get(key)}
         review = {"apiVersion": "authorization.k8s.io/v1", "kind": "SubjectAccessReview", "spec": spec}
-        status = (await self.call("POST", collection("SubjectAccessReview", None), {}, review)).get("status", {})
+        status = (await self.call("POST", collection("SubjectAccessReview", None), {}, review)).get("status") or {}
         return bool(status.get("allowed"))
 
     async def authenticate(self, token: str) -> Object | None:
         review = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "spec": {"token": token}}
-        status = (await self.call("POST", collection("TokenReview", None), {}, review)).get("status", {})
+        status = (await self.call("POST", collection("TokenReview", None), {}, review)).get("status") or {}
         return status.get("user") if status.get("authenticated") else None
 
     async def may_get(self, user: Mapping[str, Any], url: str) -> bool:

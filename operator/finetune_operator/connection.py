@@ -162,7 +162,7 @@ class Connection:
         headers = {"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": FIELD_MANAGER}
         if method == "PATCH":
             headers["Content-Type"] = "application/merge-patch+json"
-        url = self._host + path + (f"?{urlencode(query)}" if query else "")
+        url = self._host + path + (f"?{urlencode(query, errors='replace')}" if query else "")
         # The client's own part: bearer tokens that are refreshed from their file, client certificates, proxies.
         await self._client.update_params_for_auth(headers, [], ["BearerToken"], path, method, body)
         # As it is: names are quoted, and whoever normalises the path again could unquote them.
