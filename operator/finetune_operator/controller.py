@@ -5,7 +5,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from contextlib import AsyncExitStack
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,6 +27,7 @@ from finetune_operator.probes import ProbeServer
 from finetune_operator.profiles import Profiles
 from finetune_operator.progress import ProgressOptions, ProgressServer
 from finetune_operator.reconcile import Key, NotYet, glance, reconcile, stall, utc_now
+from finetune_operator.reflector import Reflector
 from finetune_operator.scrape import CONNECTION_SECONDS, MAX_CONNECTIONS, Access, MetricsServer
 from finetune_operator.serving import Listening
 from finetune_operator.settings import Settings, operator_version
@@ -106,6 +107,11 @@ class Controller:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._queue.run(self.settings.workers), name="queue")
             tasks.create_task(self._resync_forever(), name="resync")
+            # After the first look at all jobs: what happened since is in what a watch begins with.
+            for kind, told in (("Job", self.on_child), ("Pod", self.on_pod)):
+                for namespace in self.settings.namespaces or (None,):
+                    watch = Reflector(self._cluster, kind, namespace, told)
+                    tasks.create_task(watch.run(), name=f"watch of {kind}")
             if self.settings.lease:
                 tests = NetworkTests(self._cluster, self.settings.lease.split("/")[0], self._contained)
                 tasks.create_task(tests.run(), name="network tests")
@@ -149,6 +155,7 @@ class Controller:
             with self._contained.about("metrics", *key):
                 self.metrics.jobs.forget(key)
             self._jobs.forget(key)
+            self._children.forget(key)
             self._prepare_pods.pop(key, None)
             self._add(key)
             return
@@ -163,14 +170,15 @@ class Controller:
         """A watch event of a Job."""
         self.metrics.watched("Job")
         with self._contained.about("watch", *named(raw)):
-            if (key := child_of(raw)) and self._children.heard(raw, job_facts(raw, gone=kind == "DELETED")):
+            key, gone = child_of(raw), kind == "DELETED"
+            if key and key in self._jobs and self._children.heard(raw, job_facts(raw, gone=gone), gone=gone):
                 self._add(key)
 
     def on_pod(self, kind: str | None, raw: Object) -> None:
         """A watch event of a pod; `kind` is None for those that were there before the watch."""
         self.metrics.watched("Pod")
         with self._contained.about("watch", *named(raw)):
-            if (key := child_of(raw)) is None:
+            if (key := child_of(raw)) is None or key not in self._jobs:
                 return
             if kind == "DELETED":
                 self.metrics.jobs.forget_pod(raw["metadata"]["uid"])
@@ -178,7 +186,8 @@ class Controller:
                 self._measure_pod(raw)
             if kind and prepares(raw) and raw.get("status", {}).get("phase") == "Succeeded":
                 self._prepare_pods[key] = raw["metadata"]["name"]
-            if self._children.heard(raw, pod_facts(raw, gone=kind == "DELETED")):
+            gone = kind == "DELETED"
+            if self._children.heard(raw, pod_facts(raw, gone=gone), gone=gone):
                 self._add(key)
 
     def problem(self) -> str | None:
@@ -281,17 +290,20 @@ class Controller:
         census, namespaces = Census(), self.settings.namespaces
         missing = self.metrics.jobs.known()
         await self._budgets.begin()
+        # What carries our labels, but is of no FineTuneJob, is not kept: anybody can make any number of those. What is
+        # of one that was created since is missing in the census, and the reconcile of that one looks for it.
+        names: Container[Key | None] = self._jobs if self._listed else await self._cluster.list_names(namespaces)
         unclear: set[Key] = set()
         async for raw in self._cluster.list_all("Job", namespaces):
             with self._contained.about("resync", *named(raw)) as read:
-                if child_of(raw):
+                if (key := child_of(raw)) and key in names:
                     census.add_job(raw)
                     self._children.heard(raw, job_facts(raw))
             if read.error:
                 unclear.add(parent_of(raw))
         async for raw in self._cluster.list_all("Pod", namespaces):
             with self._contained.about("resync", *named(raw)) as read:
-                if child_of(raw):
+                if (key := child_of(raw)) and key in names:
                     census.add_pod(raw)
                     self._children.heard(raw, pod_facts(raw))
                     self._measure_pod(raw)
@@ -407,10 +419,13 @@ class Controller:
 
 
 def child_of(raw: Object) -> Key | None:
-    """The FineTuneJob whose child it is; None where its labels are not ours."""
+    """The FineTuneJob whose child it is; None where its labels are not ours, or its owner is none that we make."""
     labels = raw["metadata"].get("labels") or {}
     attempt = labels.get(ATTEMPT_LABEL, "")
     numbered = attempt == PREPARE or (attempt.isascii() and attempt.isdigit() and len(attempt) < 10)
+    owners = raw["metadata"].get("ownerReferences") or ()
+    if not any(owner.get("controller") and owner.get("kind") in ("FineTuneJob", "Job") for owner in owners):
+        return None
     return (raw["metadata"]["namespace"], labels[JOB_LABEL]) if numbered and JOB_LABEL in labels else None
 
 

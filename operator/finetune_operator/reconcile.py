@@ -262,7 +262,7 @@ async def _create(cluster: Cluster, subject: Subject, manifest: Object) -> tuple
     except ApiError as error:
         if error.reason != "AlreadyExists":
             raise
-    found = await cluster.get(kind, subject.namespace, name)
+    found = await cluster.get_whole(kind, subject.namespace, name)
     if found is None or "deletionTimestamp" in found["metadata"]:
         raise NotYet(f"{kind} {name} is being deleted")
     if controller_uid(found) != subject.uid:

@@ -142,6 +142,9 @@ class Town:
     async def get(self, kind: str, namespace: str | None, name: str) -> Object | None:
         return self.objects.get((kind, namespace or "", name))
 
+    async def get_whole(self, kind: str, namespace: str | None, name: str) -> Object | None:
+        return await self.get(kind, namespace, name)
+
     async def list_children(self, kind: str, namespace: str, job: str) -> list[Object]:
         found = []
         for (of, where, _), one in self.objects.items():
