@@ -1,11 +1,11 @@
 """FineTuneJob.status: conditions carry the facts, `state` is derived from them for people to read."""
 
 import datetime
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from finetune_api.model import ApiModel, LongText, ShortText
+from finetune_api.model import ApiModel, Flag, LongText, ShortText
 from finetune_api.progress import CheckpointStatus, TrainerStatus
 from finetune_api.signature import Signature
 from finetune_api.sizing import Sizing
@@ -38,18 +38,47 @@ class Condition(ApiModel):
     observed_generation: Count = 0
 
 
+class Terms(ApiModel):
+    """Limits of the profile that hold for an attempt until it ends, however the profile changes meanwhile."""
+
+    scheduling_grace_seconds: Count
+    max_active_deadline_seconds: Count | None = None
+
+
+class PrepareStatus(ApiModel):
+    """The Job that checks and converts the data, recorded before it is made."""
+
+    job: ShortText
+    """Name of the batch/v1 Job."""
+    uid: ShortText | None = None
+    """UID of the Job; None: it is about to be made. A Job with another UID is not this one."""
+    profile: ShortText
+    """The FineTuneProfile that it was made under."""
+    profile_generation: Count | None = None
+    creation_time: datetime.datetime | None = None
+    """When it was asked for."""
+    defaults: Annotated[dict[str, Any], Field(json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})] = {}
+    """The profile's defaults at that time, which hold for the job until it ends."""
+
+
 class Attempt(ApiModel):
-    """One run of the gang; `prepare` is not one."""
+    """One run of the gang, recorded before its Job is made; `prepare` is not one."""
 
     number: Count
     job: ShortText
     """Name of its batch/v1 Job."""
     uid: ShortText | None = None
-    """UID of its Job: the last segment of the output prefix."""
+    """UID of its Job: the last segment of the output prefix. None: it is about to be made. A Job with another UID is
+    not this one."""
     profile: ShortText | None = None
     """The FineTuneProfile that it was made under."""
     profile_generation: Count | None = None
     """That profile's metadata.generation: what was changed later does not hold for it."""
+    terms: Terms | None = None
+    queue: ShortText | None = None
+    """The queue that admits its Job; None: the operator starts it by itself."""
+    avoids_nodes: Flag | None = None
+    """True: its pods must stay away from nodes on which earlier attempts failed."""
     workers: Count | None = None
     """Pods of its gang."""
     gpus: Count | None = None
@@ -104,6 +133,7 @@ class FineTuneJobStatus(ApiModel):
     ] = []
     start_time: datetime.datetime | None = None
     completion_time: datetime.datetime | None = None
+    prepare: PrepareStatus | None = None
     attempts: Annotated[list[Attempt], Field(max_length=256)] = []
     """The newest 256."""
     attempt_count: Count | None = None

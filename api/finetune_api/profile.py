@@ -53,8 +53,14 @@ class Resources(ApiModel):
 
 
 class PrepareResources(ApiModel):
+    """Resources and deadlines of the pod that checks and converts a job's data."""
+
     cpu: Quantity = "1"
     memory: Quantity = "4Gi"
+    pre_running_deadline_seconds: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    """How long the pod may wait to run; absent: as long as the job's own runPolicy.preRunningDeadlineSeconds says."""
+    active_deadline_seconds: Annotated[int, Field(ge=1, le=2**31 - 1)] = 21_600
+    """How long it may run, its retries included: then the job fails with DeadlineExceeded."""
 
 
 class Limits(ApiModel):
@@ -141,8 +147,8 @@ class Budget(ApiModel):
 
 
 class Concurrency(ApiModel):
-    """What jobs that name no queue use at a time; the others wait for their turn. Where there is no accelerator, a CPU
-    process counts as a GPU."""
+    """How much may run before jobs that name no queue wait for their turn. Everything that runs under the profile
+    counts, also what a queue has admitted. Where there is no accelerator, a CPU process counts as a GPU."""
 
     jobs_per_namespace: Annotated[int, Field(ge=1, le=65536)] | None = None
     gpus_per_namespace: Annotated[int, Field(ge=1, le=65536)] | None = None

@@ -10,12 +10,11 @@ from pydantic import ValidationError
 from finetune_api.defaults import with_defaults
 from finetune_api.failures import Reason
 from finetune_api.job import FineTuneJob, parse
-from finetune_api.jobstatus import FineTuneJobStatus
+from finetune_api.jobstatus import FineTuneJobStatus, PrepareStatus
 from finetune_api.model import Problem, problems_of
 from finetune_api.policy import against_defaults, not_allowed
 from finetune_api.profile import DEFAULT_ANNOTATION, FineTuneProfile
 from finetune_api.support import unsupported, unsupported_profile
-from finetune_operator.snapshot import Snapshot
 
 Object = Mapping[str, Any]
 MANAGER = "finetune.dev/operator"
@@ -104,14 +103,14 @@ def select_profile(wanted: str | None, profiles: Sequence[Object]) -> FineTunePr
     return profile
 
 
-def as_begun(profile: FineTuneProfile | Refusal, before: Snapshot | None) -> FineTuneProfile | Refusal:
+def as_begun(profile: FineTuneProfile | Refusal, before: PrepareStatus | None) -> FineTuneProfile | Refusal:
     """With the defaults that the job began under: its data were prepared for them, and its checkpoints are of them."""
     if before is None or isinstance(profile, Refusal):
         return profile
     return profile.model_copy(update={"spec": profile.spec.model_copy(update={"defaults": before.defaults})})
 
 
-def complete(job: FineTuneJob, profile: FineTuneProfile | None, before: Snapshot | None) -> FineTuneJob | Refusal:
+def complete(job: FineTuneJob, profile: FineTuneProfile | None, before: PrepareStatus | None) -> FineTuneJob | Refusal:
     """The job with its profile's defaults, as `as_begun` gives them. `profile` None: it has none any more."""
     defaults = profile.spec.defaults if profile else before.defaults if before else None
     try:

@@ -27,17 +27,18 @@ LESS_MEMORY = (
 
 
 def update(known: Sequence[Attempt], observed: Observed, now: datetime.datetime) -> tuple[Attempt, ...]:
-    """The attempts with what their Jobs have come to. One whose Job is there but was never recorded is added."""
-    by_number = {attempt.number: attempt for attempt in known}
+    """The attempts with what their Jobs have come to. One whose Job was not made is left out: it is decided anew."""
     children = {child.attempt: child for child in observed.gangs}
-    for number, child in children.items():
-        assert number is not None
-        by_number.setdefault(number, Attempt(number=number, job=child.name, uid=child.uid))
     updated: list[Attempt] = []
-    for number, attempt in sorted(by_number.items()):
-        seen = attempt if attempt.outcome else _observe(attempt, children.get(number), observed, now)
+    for attempt in made(known):
+        seen = attempt if attempt.outcome else _observe(attempt, children.get(attempt.number), observed, now)
         updated.append(seen if attempt.outcome else _once_only(seen, updated))
     return bounded(updated)
+
+
+def made(attempts: Sequence[Attempt]) -> tuple[Attempt, ...]:
+    """Those whose Job is known to have been made."""
+    return tuple(attempt for attempt in attempts if attempt.uid or attempt.outcome)
 
 
 def _once_only(ended: Attempt, before: Sequence[Attempt]) -> Attempt:
@@ -54,16 +55,11 @@ def ran_out_of_memory(attempts: Sequence[Attempt]) -> Attempt | None:
 
 
 def _observe(attempt: Attempt, child: Child | None, observed: Observed, now: datetime.datetime) -> Attempt:
-    if child is None or child.deleting or (attempt.uid and child.uid != attempt.uid):
+    if child is None or child.deleting:
         return close(attempt, Reason.PREEMPTED, f"Job {attempt.job} was deleted", now)
-    known = {
-        "workers": child.workers,
-        "creation_time": attempt.creation_time or child.created,
-        "profile": attempt.profile or child.profile,
-        "profile_generation": attempt.profile_generation or child.profile_generation,
-        "gpus": attempt.gpus or child.gpus,
-    }
-    attempt = attempt.model_copy(update={"uid": child.uid, **known})
+    if attempt.workers and child.workers != attempt.workers:
+        text = f"Job {attempt.job} was changed: it has {child.workers} workers, and was made with {attempt.workers}"
+        return close(attempt, Reason.PREEMPTED, text, now, "Retryable")
     pods = observed.pods_of(child.uid)
     end = ending(child, pods, now)
     if end is None:

@@ -1,12 +1,29 @@
-"""PURE. What Kueue says of a gang that waits in a queue: the conditions of its Workload, in some words."""
+"""PURE. What Kueue says of a gang in a queue: whether its Workload is admitted, and its conditions in some words."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 Object = Mapping[str, Any]
 GROUP = "kueue.x-k8s.io"
 JOB_UID = f"{GROUP}/job-uid"
 """Label of the Workload that Kueue makes of a Job."""
+
+
+class Queue(NamedTuple):
+    """What a queue says of a gang."""
+
+    text: str
+    admitted: bool | None
+    """None: nobody can tell, since Workloads cannot be read."""
+
+
+def admitted(workloads: Sequence[Object] | None) -> bool:
+    """Whether Kueue has admitted the Job whose Workloads these are; None: the API server knows no such kind."""
+    return any(
+        _true({c["type"]: c for c in (found.get("status") or {}).get("conditions") or ()}, "Admitted")
+        and (found.get("spec") or {}).get("active") is not False
+        for found in workloads or ()
+    )
 
 
 def told(workloads: Sequence[Object] | None) -> str:

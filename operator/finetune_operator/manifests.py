@@ -20,8 +20,7 @@ from finetune_api.progress import audience
 from finetune_api.run import Devices, PreparedSummary, RunConfig
 from finetune_api.signature import Signature
 from finetune_api.sizing import Sizing
-from finetune_operator import network, restricted, snapshot
-from finetune_operator.snapshot import Snapshot
+from finetune_operator import network, restricted
 
 Object = dict[str, Any]
 
@@ -32,7 +31,6 @@ QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
 PROFILE = "finetune.dev/profile"
 PROFILE_GENERATION = "finetune.dev/profile-generation"
-GPUS = "finetune.dev/gpus"
 PREPARE = "prepare"
 CONTAINER = "trainer"
 PORT = 29500
@@ -273,15 +271,12 @@ class _Builder:
     def job(
         self, template: Object, *, pods: int, retries: int, policy: list[Object], labels: dict[str, str], suspend: bool
     ) -> Object:
-        # Under what it runs, for whoever asks later: profiles change.
+        # For people who ask under what it runs. Nothing is decided by them: that stands in the FineTuneJob's status.
         annotations = {
             PROFILE: self.profile.metadata.name,
             PROFILE_GENERATION: str(self.profile.metadata.generation),
-            snapshot.ANNOTATION: Snapshot.of(self.profile).encode(),
             "finetune.dev/spec-sha256": spec_sha256(self.owner.spec),
         }
-        if self.attempt is not None:
-            annotations[GPUS] = str(pods * self.owner.spec.distribution.gpus_per_worker)
         return {
             "apiVersion": "batch/v1",
             "kind": "Job",

@@ -85,6 +85,10 @@ def job_fingerprint(raw: Object) -> int:
     """Equal for two versions of a FineTuneJob between which nothing changed but how far its training is."""
     meta, status = raw["metadata"], dict(raw.get("status") or {})
     trainer = status.pop("trainerStatus", None) or {}
+    # What is about to be made is recorded in a write of its own, which tells of nothing to do.
+    if not (status.get("prepare") or {}).get("uid"):
+        status.pop("prepare", None)
+    status["attempts"] = [a for a in status.get("attempts") or () if a.get("uid") or a.get("outcome")]
     said = [trainer.get(key) for key in ("attempt", "phase", "checkpoint", "warning")]
     # The UID: a job that was deleted and created anew. The annotations: whoever sets one is heard.
     known = [meta["uid"], meta.get("generation"), meta.get("deletionTimestamp"), meta.get("annotations"), status, said]

@@ -1,23 +1,18 @@
-"""PURE. Jobs and pods as the API server sends them -> the few facts that decisions are made of."""
+"""PURE. Jobs and pods as the API server sends them -> the few facts that decisions are made of.
+
+Tenants may write Jobs and pods of their namespace. So a Job counts only by its UID, if the FineTuneJob's status has
+that, and what it was made for is read from there: its labels and annotations decide nothing.
+"""
 
 import datetime
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from finetune_api.failures import TerminationMessage
-from finetune_operator import snapshot
-from finetune_operator.manifests import (
-    ATTEMPT_LABEL,
-    CONTAINER,
-    GPUS,
-    JOB_LABEL,
-    PREPARE,
-    PROFILE,
-    PROFILE_GENERATION,
-    QUEUE_LABEL,
-)
-from finetune_operator.snapshot import Snapshot
+from finetune_api.jobstatus import FineTuneJobStatus
+from finetune_operator.kueue import Queue
+from finetune_operator.manifests import CONTAINER, JOB_LABEL, child_name
 
 Object = Mapping[str, Any]
 EXPLAINED_AFTER = datetime.timedelta(seconds=10)
@@ -82,12 +77,10 @@ class Pod:
 
 @dataclass(frozen=True)
 class Child:
-    """A batch/v1 Job of ours."""
+    """A batch/v1 Job of a FineTuneJob."""
 
     name: str
     uid: str
-    attempt: int | None
-    """None: `prepare`."""
     created: datetime.datetime
     workers: int
     suspended: bool
@@ -96,17 +89,12 @@ class Child:
     finished_at: datetime.datetime | None
     message: str
     """Of the condition that finished it."""
-    selective: bool = False
-    """Its pods refuse some nodes."""
-    profile: str | None = None
-    """The profile that it was made under."""
-    profile_generation: int | None = None
+    attempt: int | None = None
+    """None: `prepare`."""
     queue: str | None = None
     """The one that it was handed to, which admits it."""
-    gpus: int | None = None
-    """Of all its pods; CPU processes where the profile has none."""
-    snapshot: Snapshot | None = None
-    """None: it was made by an earlier version of the operator."""
+    selective: bool = False
+    """Its pods refuse some nodes."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +102,13 @@ class Observed:
     """Everything there is of one FineTuneJob, read live."""
 
     jobs: tuple[Child, ...] = ()
+    """Those that the status tells of."""
     pods: tuple[Pod, ...] = ()
-    queue: str | None = None
-    """What its queue says of the gang that waits there; None: it was not asked."""
+    queue: Queue | None = None
+    """What the queue says of the gang that is in one; None: it was not asked."""
+    strays: tuple[Child, ...] = ()
+    """Jobs under a name of ours that the status knows nothing of: made by somebody else for this FineTuneJob, or by an
+    operator that ended before it could write their UID down."""
 
     @property
     def prepare(self) -> Child | None:
@@ -127,16 +119,9 @@ class Observed:
         return tuple(job for job in self.jobs if job.attempt is not None)
 
     @property
-    def waiting(self) -> Child | None:
-        """The gang that a queue has not admitted."""
-        return next(
-            (job for job in self.gangs if job.queue and job.suspended and not (job.finished or job.deleting)), None
-        )
-
-    @property
-    def snapshot(self) -> Snapshot | None:
-        """What all of a job's attempts have in common: what its data were prepared for."""
-        return next((job.snapshot for job in self.jobs if job.snapshot), None)
+    def queued(self) -> Child | None:
+        """The gang that is a queue's to admit, and is not over."""
+        return next((job for job in self.gangs if job.queue and not (job.finished or job.deleting)), None)
 
     @property
     def prepared_by(self) -> Pod | None:
@@ -164,35 +149,61 @@ class Census:
 
     def __init__(self) -> None:
         self._jobs: dict[str, list[Child]] = {}
+        self._uids: set[str] = set()
         self._pods: dict[tuple[str, str], list[Pod]] = {}
 
     def add_job(self, raw: Object) -> None:
         if owner := controller_uid(raw):
-            self._jobs.setdefault(owner, []).append(read_job(raw))
+            child = read_job(raw)
+            self._uids.add(child.uid)
+            self._jobs.setdefault(owner, []).append(child)
 
     def add_pod(self, raw: Object) -> None:
+        """A pod; call it after all Jobs. One that belongs to none of them is not kept."""
         meta = raw["metadata"]
+        if controller_uid(raw) not in self._uids:
+            return
         self._pods.setdefault((meta["namespace"], meta["labels"][JOB_LABEL]), []).append(read_pod(raw))
 
     def runs(self, uid: str) -> bool:
         """Whether a Job of this FineTuneJob is not over."""
         return any(job.finished is None for job in self._jobs.get(uid, ()))
 
-    def of(self, uid: str, namespace: str, name: str) -> Observed:
-        return _observed(self._jobs.get(uid, ()), self._pods.get((namespace, name), ()))
+    def of(self, uid: str, namespace: str, name: str, status: FineTuneJobStatus) -> Observed:
+        return _observed(name, status, self._jobs.get(uid, ()), self._pods.get((namespace, name), ()))
 
 
-def observe(uid: str, jobs: Iterable[Object], pods: Iterable[Object]) -> Observed:
+def observe(uid: str, name: str, status: FineTuneJobStatus, jobs: Iterable[Object], pods: Iterable[Object]) -> Observed:
     """What belongs to the FineTuneJob of this UID. Jobs of an earlier one of the same name are not its own."""
     own = [read_job(raw) for raw in jobs if controller_uid(raw) == uid]
-    return _observed(own, [read_pod(raw) for raw in pods])
+    return _observed(name, status, own, [read_pod(raw) for raw in pods])
 
 
-def _observed(jobs: Iterable[Child], pods: Iterable[Pod]) -> Observed:
+def _observed(name: str, status: FineTuneJobStatus, jobs: Iterable[Child], pods: Iterable[Pod]) -> Observed:
+    attempts = {attempt.uid: attempt for attempt in status.attempts if attempt.uid}
+    prepare = status.prepare.uid if status.prepare else None
+    ours = set(expected_names(name, status))
+    known: list[Child] = []
+    strays: list[Child] = []
+    for job in jobs:
+        if attempt := attempts.get(job.uid):
+            selective = bool(attempt.avoids_nodes)
+            known.append(replace(job, attempt=attempt.number, queue=attempt.queue, selective=selective))
+        elif job.uid == prepare:
+            known.append(job)
+        elif job.name in ours:
+            strays.append(job)
     return Observed(
-        tuple(sorted(jobs, key=lambda job: -1 if job.attempt is None else job.attempt)),
+        tuple(sorted(known, key=lambda job: -1 if job.attempt is None else job.attempt)),
         tuple(sorted(pods, key=lambda pod: (pod.index or 0, pod.name))),
+        strays=tuple(strays),
     )
+
+
+def expected_names(name: str, status: FineTuneJobStatus) -> list[str]:
+    """Names of all Jobs that there are or may be next: `prepare`, the attempts, and the one that would follow."""
+    numbers = [attempt.number for attempt in status.attempts]
+    return [child_name(name, number) for number in (None, *numbers, numbers[-1] + 1 if numbers else 0)]
 
 
 def controller_uid(raw: Object) -> str | None:
@@ -202,13 +213,11 @@ def controller_uid(raw: Object) -> str | None:
 
 def read_job(raw: Object) -> Child:
     meta, spec, status = raw["metadata"], raw["spec"], raw.get("status") or {}
-    attempt, notes = meta["labels"][ATTEMPT_LABEL], meta.get("annotations") or {}
     complete, failed = _condition(status, "Complete"), _condition(status, "Failed")
     ended = complete or failed
     return Child(
         name=meta["name"],
         uid=meta["uid"],
-        attempt=None if attempt == PREPARE else int(attempt),
         created=_time(meta["creationTimestamp"]),
         workers=spec.get("completions", 1),
         suspended=bool(spec.get("suspend")),
@@ -216,18 +225,7 @@ def read_job(raw: Object) -> Child:
         finished="Complete" if complete else "Failed" if failed else None,
         finished_at=_time(ended["lastTransitionTime"]) if ended and ended.get("lastTransitionTime") else None,
         message=(ended or {}).get("message") or "",
-        selective=_refuses_nodes(spec),
-        profile=notes.get(PROFILE),
-        profile_generation=_count(notes.get(PROFILE_GENERATION)),
-        queue=meta["labels"].get(QUEUE_LABEL),
-        gpus=_count(notes.get(GPUS)),
-        snapshot=Snapshot.decode(notes[snapshot.ANNOTATION]) if snapshot.ANNOTATION in notes else None,
     )
-
-
-def _refuses_nodes(spec: Object) -> bool:
-    affinity = (((spec.get("template") or {}).get("spec") or {}).get("affinity") or {}).get("nodeAffinity") or {}
-    return "requiredDuringSchedulingIgnoredDuringExecution" in affinity
 
 
 def read_pod(raw: Object) -> Pod:

@@ -2,8 +2,9 @@
 
 The same arguments give the same plan, and once it is carried out the next one is empty until something else changes, or
 until the time that it told: so that nobody has to plan again only because it was carried out.
-It is carried out in the order create, status, delete, Events: whatever is deleted is already recorded as ended, so that
-a crash at any point leaves a state from which the next plan goes on.
+It is carried out in the order record, create, status, delete, Events. What a Job is made for stands in the status
+before it is made, and its UID after; a Job that the status does not know decides nothing and is deleted. Whatever is
+deleted is already recorded as ended. So a crash at any point leaves a state from which the next plan goes on.
 """
 
 import datetime
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 from finetune_api.failures import MAX_FIGURES, Reason
 from finetune_api.figures import foremost
 from finetune_api.job import FineTuneJob
-from finetune_api.jobstatus import Attempt, FineTuneJobStatus, ResultStatus
+from finetune_api.jobstatus import Attempt, FineTuneJobStatus, PrepareStatus, ResultStatus, Terms
 from finetune_api.profile import FineTuneProfile
 from finetune_api.signature import Statement
 from finetune_operator import attempts as history
@@ -24,7 +25,6 @@ from finetune_operator.classify import ending, out_of_memory
 from finetune_operator.manifests import Context
 from finetune_operator.observe import Child, Observed
 from finetune_operator.situation import LOOK_AGAIN, Situation, Step, with_trouble, within_pre_running
-from finetune_operator.snapshot import Snapshot
 from finetune_operator.status import Decision, Note
 from finetune_operator.turns import Claim, Line
 
@@ -84,12 +84,12 @@ def plan(
 
 
 def _held(situation: Situation, step: Step) -> Claim | None:
-    """What a gang holds that goes on, where no queue has admitted it."""
+    """What a gang holds that goes on. What runs counts, whoever started it; what waits in a queue holds nothing."""
     last = step.decision.attempts[-1] if step.decision.attempts else None
-    if last is None or last.outcome is not None or not last.profile:
+    if last is None or last.outcome is not None or not (last.profile and last.uid):
         return None
     child = next((child for child in situation.observed.gangs if child.attempt == last.number), None)
-    if child is None or child.queue:
+    if child is None or (child.queue and child.suspended):
         return None
     subject = situation.subject
     return Claim(
@@ -109,11 +109,19 @@ def collision(subject: Subject, kind: str, name: str, now: datetime.datetime) ->
     return Plan(status=new, events=status.notes(subject.status, new), requeue_after=0.0)
 
 
+def to_record(old: FineTuneJobStatus, new: FineTuneJobStatus) -> FineTuneJobStatus:
+    """The old status with what is about to be made, and with nothing else of the new one."""
+    asked = (attempt for attempt in new.attempts if not (attempt.uid or attempt.outcome))
+    attempts = history.bounded((*history.made(old.attempts), *asked))
+    return old.model_copy(update={"attempts": list(attempts), "prepare": new.prepare})
+
+
 def with_uids(new: FineTuneJobStatus, created: Sequence[Object]) -> FineTuneJobStatus:
     """The status with the UIDs that the API server gave to the Jobs that were just created."""
     uids = {o["metadata"]["name"]: o["metadata"]["uid"] for o in created if o["kind"] == "Job"}
     attempts = [a.model_copy(update={"uid": a.uid or uids.get(a.job)}) for a in new.attempts]
-    return new.model_copy(update={"attempts": attempts})
+    prepare = new.prepare and new.prepare.model_copy(update={"uid": new.prepare.uid or uids.get(new.prepare.job)})
+    return new.model_copy(update={"attempts": attempts, "prepare": prepare})
 
 
 def _decide(situation: Situation, profiles: Sequence[Object]) -> Step:
@@ -123,9 +131,9 @@ def _decide(situation: Situation, profiles: Sequence[Object]) -> Step:
         return Step(_complete(situation, last))
     if isinstance(subject.job, Refusal):
         return situation.fail(subject.job.reason, subject.job.message, accepted=False)
-    profile = as_begun(select_profile(subject.job.spec.profile, profiles), situation.observed.snapshot)
+    profile = as_begun(select_profile(subject.job.spec.profile, profiles), subject.status.prepare)
     found = profile if isinstance(profile, FineTuneProfile) else None
-    job = complete(subject.job, found, situation.observed.snapshot)
+    job = complete(subject.job, found, subject.status.prepare)
     if isinstance(job, Refusal):
         return situation.fail(job.reason, job.message, accepted=False)
     if last and last.outcome == "Permanent":
@@ -144,7 +152,10 @@ def _decide(situation: Situation, profiles: Sequence[Object]) -> Step:
     if deadline and situation.now >= deadline:
         seconds = job.spec.run_policy.active_deadline_seconds or "the profile's"
         return situation.fail(Reason.DEADLINE_EXCEEDED, f"ran longer than {seconds} activeDeadlineSeconds")
-    if last and last.outcome is None:
+    resumed = starting.unadmitted(situation, last) if last and last.outcome is None else None
+    if resumed:
+        situation = resumed
+    elif last and last.outcome is None:
         spent = budgeting.go_on(situation, found, last)
         if isinstance(spent, Step):
             return spent
@@ -197,7 +208,9 @@ def _prepare(situation: Situation, job: FineTuneJob, profile: FineTuneProfile) -
     waiting = Decision("Preparing", "checks and converts the data")
     if child is None:
         objects = manifests.prepare(job, profile, situation.context)
-        return within_pre_running(situation, job, situation.now, Step(situation.stand(waiting), create=objects))
+        asked = replace(waiting, prepare=_asked(situation, profile))
+        step, own = Step(situation.stand(asked), create=objects), profile.spec.prepare.pre_running_deadline_seconds
+        return within_pre_running(situation, job, situation.now, step, own)
     if child.deleting:
         return Step(situation.stand(waiting))
     pods = situation.observed.pods_of(child.uid)
@@ -206,8 +219,7 @@ def _prepare(situation: Situation, job: FineTuneJob, profile: FineTuneProfile) -
     end = ending(child, newest, situation.now) or out_of_memory(child, pods, situation.now)
     if end is None:
         step = with_trouble(situation, newest, "Preparing", waiting.message)
-        running = any(pod.running for pod in newest)
-        return step if running else within_pre_running(situation, job, child.created, step)
+        return _while_preparing(situation, job, profile, child, step)
     if end.outcome != "Succeeded":
         return situation.fail(end.reason or Reason.RANK_FAILED, end.message)
     if end.prepared is None:
@@ -218,7 +230,38 @@ def _prepare(situation: Situation, job: FineTuneJob, profile: FineTuneProfile) -
     return starting.start(situation, job, profile, end.prepared)
 
 
-def _deadline(situation: Situation, job: FineTuneJob, terms: Snapshot | None) -> datetime.datetime | None:
+def _asked(situation: Situation, profile: FineTuneProfile) -> PrepareStatus:
+    """The record of the Job that is about to be made; the same as before where making it has failed."""
+    before, meta = situation.subject.status.prepare, profile.metadata
+    return PrepareStatus(
+        job=manifests.child_name(situation.subject.name, None),
+        profile=meta.name,
+        profile_generation=meta.generation,
+        creation_time=before.creation_time if before and not before.uid else situation.now,
+        defaults=profile.spec.defaults or {},
+    )
+
+
+def _while_preparing(
+    situation: Situation, job: FineTuneJob, profile: FineTuneProfile, child: Child, step: Step
+) -> Step:
+    """The step, or the end where `prepare` has waited or run for too long."""
+    pods, limits = situation.observed.pods_of(child.uid), profile.spec.prepare
+    started = min((pod.started for pod in pods if pod.started), default=None)
+    due = started and started + datetime.timedelta(seconds=limits.active_deadline_seconds)
+    if due and situation.now >= due:
+        text = (
+            f"{child.name} ran longer than {limits.active_deadline_seconds} s, which is all that profile "
+            f"{profile.metadata.name!r} gives it (spec.prepare.activeDeadlineSeconds)"
+        )
+        return situation.fail(Reason.DEADLINE_EXCEEDED, text)
+    step = replace(step, due=(*step.due, due))
+    if any(pod.running for pod in pods):
+        return step
+    return within_pre_running(situation, job, child.created, step, limits.pre_running_deadline_seconds)
+
+
+def _deadline(situation: Situation, job: FineTuneJob, terms: Terms | None) -> datetime.datetime | None:
     """When the running time is used up, if the gang goes on running. A profile's limit holds for all its jobs."""
     own, limit = job.spec.run_policy.active_deadline_seconds, terms and terms.max_active_deadline_seconds
     allowed = min(seconds for seconds in (own, limit) if seconds) if own or limit else None
@@ -246,7 +289,11 @@ def _superfluous(observed: Observed, step: Step) -> tuple[Deletion, ...]:
     ended = {a.number for a in step.decision.attempts if a.outcome}
     old = [child for child in observed.gangs if child.finished and child.attempt in ended][:-KEEP_ENDED]
     whole = (deletion for child in (*unwanted, *old) if not child.deleting for deletion in _whole(child))
-    return (*whole, *_outlived(observed, step))
+    return (*whole, *_outlived(observed, step), *_strays(observed))
+
+
+def _strays(observed: Observed) -> tuple[Deletion, ...]:
+    return tuple(Deletion("Job", child.name, child.uid) for child in observed.strays if not child.deleting)
 
 
 def _whole(child: Child) -> tuple[Deletion, ...]:
@@ -270,7 +317,7 @@ def _outlived(observed: Observed, step: Step) -> tuple[Deletion, ...]:
 def _after_the_end(subject: Subject, observed: Observed, now: datetime.datetime) -> Plan:
     """A finished job never runs again: what still runs of it goes, and at the end of its ttl it goes itself."""
     running = (child for child in observed.jobs if child.finished is None and not child.deleting)
-    left = tuple(deletion for child in running for deletion in _whole(child))
+    left = (*(deletion for child in running for deletion in _whole(child)), *_strays(observed))
     ttl = subject.ttl_seconds
     if ttl is None or subject.status.completion_time is None:
         return Plan(subject.status, delete=left)

@@ -9,12 +9,14 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from finetune_api import API_VERSION
+from finetune_api.jobstatus import FineTuneJobStatus
 from finetune_operator.accept import Subject
+from finetune_operator.attempts import made
 from finetune_operator.cluster import FIELD_MANAGER, ApiError, Cluster, Object
-from finetune_operator.kueue import told
-from finetune_operator.manifests import Context, child_name
-from finetune_operator.observe import Census, Child, Observed, controller_uid, observe
-from finetune_operator.plan import Deletion, Plan, collision, plan, with_uids
+from finetune_operator.kueue import Queue, admitted, told
+from finetune_operator.manifests import Context
+from finetune_operator.observe import Census, Child, Observed, controller_uid, expected_names, observe
+from finetune_operator.plan import Deletion, Plan, collision, plan, to_record, with_uids
 from finetune_operator.profiles import Profiles
 from finetune_operator.status import Note, finished, patch
 from finetune_operator.turns import Line
@@ -24,7 +26,7 @@ Key = tuple[str, str]
 """Namespace and name of a FineTuneJob."""
 
 
-_DECIDED = {"ConfigMap": ("data",), "NetworkPolicy": ("spec",)}
+_DECIDED = {"ConfigMap": ("data", "immutable"), "NetworkPolicy": ("spec",)}
 """What of a child depends on the profile, and is not told by its name."""
 
 
@@ -88,7 +90,7 @@ async def reconcile(
         jobs = await _jobs(cluster, subject, None)
     observed = await _observe(cluster, subject, jobs, prepare_pod, clock())
     decided = plan(subject, choice, observed, clock(), context, line)
-    # A try that was cut short may have left a Job that no status tells of. Creating it anew would show that, by 409.
+    # A try that was cut short may have left a Job whose UID no status tells. Creating it anew would show that, by 409.
     if not decided.create and (left := await _jobs(cluster, subject, unrecorded)):
         observed = await _observe(cluster, subject, [*jobs, *left], prepare_pod, clock())
         decided = plan(subject, choice, observed, clock(), context, line)
@@ -120,7 +122,7 @@ async def glance(raw: Object, census: Census, context: Context, profiles: Profil
     subject = Subject.read(raw)
     if subject.deleting or subject.foreign:
         return Result(None, subject.status.state, raw)
-    observed = census.of(subject.uid, subject.namespace, subject.name)
+    observed = census.of(subject.uid, subject.namespace, subject.name, subject.status)
     choice = [] if finished(subject.status) else await profiles.choice((raw.get("spec") or {}).get("profile"))
     decided = plan(subject, choice, observed, utc_now(), context, line)
     # What is to be created holds nothing yet, and all others are to be heard of before it does.
@@ -134,37 +136,45 @@ async def glance(raw: Object, census: Census, context: Context, profiles: Profil
 async def _carry_out(
     cluster: Cluster, subject: Subject, raw: Object, decided: Plan, clock: Callable[[], datetime.datetime]
 ) -> Result:
-    key = subject.namespace, subject.name
     created: list[Object] = []
-    known = False
+    status = subject.status
+    if decided.create:
+        status = to_record(subject.status, decided.status)
+        raw = await _write(cluster, subject, raw, subject.status, status)
     try:
         for manifest in decided.create:
-            child, existed = await _create(cluster, subject, manifest)
-            created.append(child)
-            known |= existed
+            created.append(await _create(cluster, subject, manifest))
     except Collision as error:
         created, decided = [], collision(subject, error.kind, error.name, clock())
-    if change := patch(subject.status, with_uids(decided.status, created)):
-        written = await cluster.patch_status(*key, subject.uid, change, subject.resource_version)
-        if written is None:
-            # Whatever is to be deleted or told must be recorded first.
-            raise NotYet("the job changed meanwhile")
-        raw = written
+    raw = await _write(cluster, subject, raw, status, with_uids(decided.status, created))
     await _delete(cluster, subject, decided.delete)
     await _tell(cluster, subject, decided, clock())
-    # What was there already may have come further than a new one, and was not looked at.
-    return Result(0.0 if known else decided.requeue_after, decided.status.state, raw)
+    return Result(decided.requeue_after, decided.status.state, raw)
+
+
+async def _write(
+    cluster: Cluster, subject: Subject, raw: Object, old: FineTuneJobStatus, new: FineTuneJobStatus
+) -> Object:
+    """The job with the new status in place of the old one, which `raw` has. Raises NotYet where it is not there now."""
+    change = patch(old, new)
+    if not change:
+        return raw
+    version = raw["metadata"]["resourceVersion"]
+    written = await cluster.patch_status(subject.namespace, subject.name, subject.uid, change, version)
+    if written is None:
+        # Whatever is to be made, deleted or told must be recorded first.
+        raise NotYet("the job changed meanwhile")
+    return written
 
 
 def _names(subject: Subject) -> tuple[list[str] | None, list[str]]:
     """Of the Jobs that the status tells of, None where they are many; and of those that there may be besides."""
-    numbers = [attempt.number for attempt in subject.status.attempts]
-    prepare, following = (child_name(subject.name, n) for n in (None, numbers[-1] + 1 if numbers else 0))
+    names = expected_names(subject.name, subject.status)
     if subject.status.state is None:
-        return [], [prepare, following]
-    if len(numbers) > 2:
+        return [], names
+    if len(subject.status.attempts) > 2:
         return None, []
-    return [prepare, *(child_name(subject.name, n) for n in numbers)], [following]
+    return names[:-1], names[-1:]
 
 
 async def _jobs(cluster: Cluster, subject: Subject, names: Iterable[str] | None) -> list[Object]:
@@ -176,47 +186,50 @@ async def _jobs(cluster: Cluster, subject: Subject, names: Iterable[str] | None)
 
 
 def _lacks_a_gang(subject: Subject, jobs: Sequence[Object]) -> bool:
-    names = {job["metadata"]["name"] for job in jobs}
-    return any(attempt.outcome is None and attempt.job not in names for attempt in subject.status.attempts)
+    uids = {job["metadata"]["uid"] for job in jobs}
+    return any(attempt.outcome is None and attempt.uid not in uids for attempt in made(subject.status.attempts))
 
 
 async def _observe(
     cluster: Cluster, subject: Subject, jobs: Sequence[Object], prepare_pod: str | None, now: datetime.datetime
 ) -> Observed:
     """Raises NotYet where a Job has just ended, and nothing is seen yet of why."""
+    known = subject.uid, subject.name, subject.status
     if finished(subject.status) or not (jobs or subject.status.attempts):
-        return observe(subject.uid, jobs, [])
+        return observe(*known, jobs, [])
     if prepare_pod and len(jobs) == 1 and not subject.status.attempts:
         # Nothing but `prepare` has ever been: where it succeeded, only what its pod said counts.
         pod = await cluster.get("Pod", subject.namespace, prepare_pod)
-        observed = observe(subject.uid, jobs, [pod] if pod else [])
+        observed = observe(*known, jobs, [pod] if pod else [])
         if observed.prepared_by:
             return observed
     pods = await cluster.list_children("Pod", subject.namespace, subject.name)
-    observed = observe(subject.uid, jobs, pods)
+    observed = observe(*known, jobs, pods)
     recorded = {attempt.number for attempt in subject.status.attempts if attempt.outcome}
     if child := observed.unexplained(recorded, now):
         raise NotYet(f"Job {child.name} has ended, and none of its pods")
-    return replace(observed, queue=await _of_queue(cluster, subject, observed.waiting))
+    return replace(observed, queue=await _of_queue(cluster, subject, observed.queued))
 
 
-async def _of_queue(cluster: Cluster, subject: Subject, waiting: Child | None) -> str | None:
-    if waiting is None:
+async def _of_queue(cluster: Cluster, subject: Subject, queued: Child | None) -> Queue | None:
+    if queued is None:
         return None
     try:
-        return told(await cluster.list_workloads(subject.namespace, waiting.uid))
+        workloads = await cluster.list_workloads(subject.namespace, queued.uid)
     except ApiError as error:
         if error.status != 403:
             raise
         # An operator without this right says so, and goes on: the queue does its work all the same.
-        return f"its Workload cannot be read: {error}"
+        return Queue(f"its Workload cannot be read: {error}", None)
+    return Queue(told(workloads), admitted(workloads))
 
 
-async def _create(cluster: Cluster, subject: Subject, manifest: Object) -> tuple[Object, bool]:
-    """The object as created now, or by an earlier try of ours: then True. Raises Collision, NotYet."""
+async def _create(cluster: Cluster, subject: Subject, manifest: Object) -> Object:
+    """The object as created now; what decides nothing by itself may be there by an earlier try. Raises Collision,
+    NotYet."""
     kind, name = manifest["kind"], manifest["metadata"]["name"]
     try:
-        return {**await cluster.create(manifest), "kind": kind}, False
+        return {**await cluster.create(manifest), "kind": kind}
     except ApiError as error:
         if error.reason != "AlreadyExists":
             raise
@@ -227,11 +240,12 @@ async def _create(cluster: Cluster, subject: Subject, manifest: Object) -> tuple
         if _of_namesake(found, subject):
             raise NotYet(f"{kind} {name} is of an earlier FineTuneJob and waits for garbage collection")
         raise Collision(kind, name)
-    if any(found.get(part) != manifest[part] for part in _DECIDED.get(kind, ())):
-        # Left by a try that was cut short under another profile; no Job refers to it yet.
+    if kind == "Job" or any(found.get(part) != manifest[part] for part in _DECIDED.get(kind, ())):
+        # Left by a try that was cut short, or put there by somebody who wants it to be taken for ours. Which of the two
+        # cannot be told of a Job, so it is never adopted.
         await cluster.delete(kind, subject.namespace, name, found["metadata"]["uid"])
-        raise NotYet(f"{kind} {name} is out of date")
-    return {**found, "kind": kind}, True
+        raise NotYet(f"{kind} {name} was not recorded when it was made; it is deleted and made anew")
+    return {**found, "kind": kind}
 
 
 async def _delete(cluster: Cluster, subject: Subject, deletions: Iterable[Deletion]) -> None:

@@ -7,14 +7,13 @@ from typing import Any
 
 from finetune_api.failures import Reason
 from finetune_api.job import FineTuneJob
-from finetune_api.jobstatus import Attempt, State
+from finetune_api.jobstatus import Attempt, State, Terms
 from finetune_api.profile import FineTuneProfile
 from finetune_operator import attempts as history
 from finetune_operator import status
 from finetune_operator.accept import Subject
 from finetune_operator.manifests import Context
 from finetune_operator.observe import Child, Observed, Pod
-from finetune_operator.snapshot import Snapshot
 from finetune_operator.status import Decision
 from finetune_operator.turns import Claim, Line
 
@@ -43,6 +42,7 @@ class Situation:
     subject: Subject
     observed: Observed
     attempts: tuple[Attempt, ...]
+    """Those whose Jobs were made."""
     now: datetime.datetime
     context: Context
     line: Line
@@ -56,11 +56,11 @@ class Situation:
         child = next(child for child in self.observed.gangs if child.attempt == attempt.number)
         return child, self.observed.pods_of(child.uid)
 
-    def terms(self, profile: FineTuneProfile | None) -> Snapshot | None:
+    def terms(self, profile: FineTuneProfile | None) -> Terms | None:
         """What of the profile holds: as it was for the attempt that runs, else as it is."""
         last = self.attempts[-1] if self.attempts else None
-        begun = self.gang_of(last)[0].snapshot if last and last.outcome is None else None
-        return begun or (Snapshot.of(profile) if profile else None)
+        begun = last.terms if last and last.outcome is None else None
+        return begun or (terms_of(profile) if profile else None)
 
     def claim(self, profile: FineTuneProfile, gpus: int) -> Claim:
         """To start now."""
@@ -78,9 +78,8 @@ class Situation:
     def stand(self, decision: Decision) -> Decision:
         return replace(decision, attempts=self.attempts)
 
-    def expires(self, job: FineTuneJob, since: datetime.datetime) -> datetime.datetime | None:
-        """When what is waited for since then has taken too long."""
-        seconds = job.spec.run_policy.pre_running_deadline_seconds
+    def expires(self, since: datetime.datetime, seconds: int | None) -> datetime.datetime | None:
+        """When what is waited for since then has taken too long; `seconds` None: never."""
         if seconds is None:
             return None
         suspended = self.subject.status.condition("Suspended")
@@ -94,13 +93,23 @@ class Situation:
         return f"{text}; {trainer.warning}" if trainer and current and trainer.warning else text
 
 
-def within_pre_running(situation: Situation, job: FineTuneJob, since: datetime.datetime, step: Step) -> Step:
-    """The step, or the end where what it waits for has taken too long."""
-    due = situation.expires(job, since)
+def terms_of(profile: FineTuneProfile) -> Terms:
+    spec = profile.spec
+    return Terms(
+        scheduling_grace_seconds=spec.scheduling_grace_seconds,
+        max_active_deadline_seconds=spec.limits.max_active_deadline_seconds,
+    )
+
+
+def within_pre_running(
+    situation: Situation, job: FineTuneJob, since: datetime.datetime, step: Step, own: int | None = None
+) -> Step:
+    """The step, or the end where what it waits for has taken too long. `own`: seconds, a limit besides the job's."""
+    allowed = [seconds for seconds in (job.spec.run_policy.pre_running_deadline_seconds, own) if seconds is not None]
+    due = situation.expires(since, min(allowed, default=None))
     if due is None or situation.now < due:
         return replace(step, due=(*step.due, due))
-    seconds = job.spec.run_policy.pre_running_deadline_seconds
-    text = f"did not run within {seconds} preRunningDeadlineSeconds; {step.decision.message}"
+    text = f"did not run within {min(allowed)} preRunningDeadlineSeconds; {step.decision.message}"
     return situation.fail(Reason.PRE_RUNNING_DEADLINE_EXCEEDED, text)
 
 

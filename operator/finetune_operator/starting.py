@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from finetune_api.failures import Reason
 from finetune_api.job import FineTuneJob
-from finetune_api.jobstatus import Attempt, DataStatus, State
+from finetune_api.jobstatus import Attempt, DataStatus, State, Terms
 from finetune_api.profile import FineTuneProfile
 from finetune_api.run import PreparedSummary
 from finetune_api.sizing import DoesNotFit
@@ -13,8 +13,7 @@ from finetune_operator import attempts as history
 from finetune_operator import budgeting, capacity, manifests
 from finetune_operator.capacity import Wait
 from finetune_operator.fitting import Fit, NothingSmaller, fit, gpu_hours
-from finetune_operator.situation import LOOK_AGAIN, Situation, Step, with_trouble, within_pre_running
-from finetune_operator.snapshot import Snapshot
+from finetune_operator.situation import LOOK_AGAIN, Situation, Step, terms_of, with_trouble, within_pre_running
 from finetune_operator.status import Decision
 
 ASK_QUEUE_FIRST = datetime.timedelta(seconds=5)
@@ -26,13 +25,16 @@ ASK_QUEUE = datetime.timedelta(seconds=60)
 def start(situation: Situation, job: FineTuneJob, profile: FineTuneProfile, prepared: PreparedSummary) -> Step:
     """The data is ready and no gang runs: may the next attempt begin?"""
     waited = capacity.waiting(situation.attempts)
-    expires = situation.expires(job, waited.since) if waited else None
+    expires = _expires(situation, job, waited.since) if waited else None
     overdue = waited if expires and situation.now >= expires else None
     wanted = _wanted(situation, job, profile, prepared, overdue)
     if isinstance(wanted, Step):
         return wanted
     workers, found = wanted
-    attempt = _attempt(situation, job, profile, workers)
+    # Where a gang did not find room, a node that failed is better than none.
+    strictly = waited is None and _queue(job) is None
+    affinity = manifests.without(history.avoided(situation.attempts, situation.now), strictly=strictly)
+    attempt = _attempt(situation, job, profile, workers, avoids_nodes=bool(affinity and strictly))
     number = attempt.number
     estimate = gpu_hours(job, profile, prepared, found.sizings)
     sizing = found.largest.model_copy(update={"estimated_gpu_hours": estimate and round(estimate, 3)})
@@ -51,9 +53,6 @@ def start(situation: Situation, job: FineTuneJob, profile: FineTuneProfile, prep
         text = f"attempt {number} waits for its turn: {reason}"
         step = Step(situation.stand(replace(known, state="Queued", message=text)), claim=claim)
         return within_pre_running(situation, job, _ready_since(situation), step)
-    # Where a gang did not find room, a node that failed is better than none.
-    strictly = waited is None and _queue(job) is None
-    affinity = manifests.without(history.avoided(situation.attempts, situation.now), strictly=strictly)
     decision = replace(
         known,
         state="Queued" if _queue(job) else "Starting",
@@ -64,24 +63,31 @@ def start(situation: Situation, job: FineTuneJob, profile: FineTuneProfile, prep
     objects = manifests.gang(
         job, profile, situation.context, number, prepared, found.sizings, workers=workers, affinity=affinity
     )
-    grace = _grace_of(Snapshot.of(profile), situation.now)
+    grace = _grace_of(terms_of(profile), situation.now)
     asked = situation.now + ASK_QUEUE_FIRST if _queue(job) else None
-    looks = (grace if affinity and strictly else None, asked)
+    looks = (grace if attempt.avoids_nodes else None, asked)
     step = Step(decision, objects, looks, claim=claim and claim._replace(holds=True, served=situation.now))
     return within_pre_running(situation, job, waited.since if waited and not overdue else situation.now, step)
 
 
-def _attempt(situation: Situation, job: FineTuneJob, profile: FineTuneProfile, workers: int) -> Attempt:
-    """The next one, asked for now."""
+def _attempt(
+    situation: Situation, job: FineTuneJob, profile: FineTuneProfile, workers: int, *, avoids_nodes: bool
+) -> Attempt:
+    """The next one, asked for now or, where making its Job has failed, when it was asked for first."""
     number = situation.attempts[-1].number + 1 if situation.attempts else 0
+    recorded = situation.subject.status.attempts
+    again = recorded[-1] if recorded and not (recorded[-1].uid or recorded[-1].outcome) else None
     return Attempt(
         number=number,
         job=manifests.child_name(job.metadata.name, number),
         profile=profile.metadata.name,
         profile_generation=profile.metadata.generation,
+        terms=terms_of(profile),
+        queue=_queue(job),
+        avoids_nodes=avoids_nodes or None,
         workers=workers,
         gpus=manifests.devices(job.spec, profile.spec, workers).world_size,
-        creation_time=situation.now,
+        creation_time=again.creation_time if again else situation.now,
     )
 
 
@@ -140,7 +146,7 @@ def run(
     situation: Situation,
     job: FineTuneJob,
     attempt: Attempt,
-    terms: Snapshot | None,
+    terms: Terms | None,
     deadline: datetime.datetime | None,
 ) -> Step:
     """The gang exists: is it queued, does it start, does it run?"""
@@ -164,7 +170,19 @@ def run(
     return within_pre_running(situation, job, waited.since if waited else child.created, replace(step, due=due))
 
 
-def give_back(situation: Situation, job: FineTuneJob, attempt: Attempt, terms: Snapshot | None) -> Situation | None:
+def unadmitted(situation: Situation, attempt: Attempt) -> Situation | None:
+    """The situation without the attempt, where somebody resumed its Job before its queue admitted it."""
+    child, _ = situation.gang_of(attempt)
+    queue = situation.observed.queue
+    if child.suspended or queue is None or queue.admitted is not False:
+        return None
+    text = f"Job {child.name} was resumed, and queue {child.queue} has not admitted it ({queue.text}); it is stopped"
+    # It costs an attempt: whoever resumes the next one as well does not go on for ever.
+    stopped = history.close(attempt, Reason.PREEMPTED, text, situation.now, "Retryable")
+    return replace(situation, attempts=(*situation.attempts[:-1], stopped))
+
+
+def give_back(situation: Situation, job: FineTuneJob, attempt: Attempt, terms: Terms | None) -> Situation | None:
     """The situation without the attempt that has not found room for all of its gang, where it is time for that."""
     due = _returned_at(situation, job, attempt, terms)
     if due is None:
@@ -172,7 +190,7 @@ def give_back(situation: Situation, job: FineTuneJob, attempt: Attempt, terms: S
     child, pods = situation.gang_of(attempt)
     found, waited = capacity.seats(child, pods), capacity.waiting(situation.attempts)
     least, seconds = job.spec.distribution.min_workers, job.spec.run_policy.pre_running_deadline_seconds
-    expires = situation.expires(job, waited.since) if waited else None
+    expires = _expires(situation, job, waited.since) if waited else None
     if expires and situation.now >= expires:
         if least is None or found.placed < least:
             return None  # nothing is left but the end, which `run` tells
@@ -187,7 +205,7 @@ def give_back(situation: Situation, job: FineTuneJob, attempt: Attempt, terms: S
 
 
 def _returned_at(
-    situation: Situation, job: FineTuneJob, attempt: Attempt, terms: Snapshot | None
+    situation: Situation, job: FineTuneJob, attempt: Attempt, terms: Terms | None
 ) -> datetime.datetime | None:
     """When the attempt will have held a part of what it needs for long enough."""
     child, pods = situation.gang_of(attempt)
@@ -201,14 +219,18 @@ def _returned_at(
     return _grace_of(terms, since)
 
 
-def _grace_of(terms: Snapshot, since: datetime.datetime) -> datetime.datetime:
+def _expires(situation: Situation, job: FineTuneJob, since: datetime.datetime) -> datetime.datetime | None:
+    return situation.expires(since, job.spec.run_policy.pre_running_deadline_seconds)
+
+
+def _grace_of(terms: Terms, since: datetime.datetime) -> datetime.datetime:
     return since + datetime.timedelta(seconds=terms.scheduling_grace_seconds)
 
 
 def _lingering(situation: Situation) -> list[str]:
-    """Pods of former attempts that may still write: the next one waits for them, but not for those of a lost node."""
-    former = {attempt.uid for attempt in situation.attempts} | {child.uid for child in situation.observed.gangs}
-    pods = (pod for pod in situation.observed.pods if pod.owner in former)
+    """Pods that may still write, of former attempts or of a Job that was not recorded: the next attempt waits for them,
+    but not for those of a lost node."""
+    pods = situation.observed.pods
     return [pod.name for pod in pods if not pod.over and not history.is_lost(pod, situation.now)]
 
 
@@ -227,7 +249,7 @@ def _queue_text(situation: Situation, text: str) -> str:
     said, before = situation.observed.queue, situation.subject.status.message or ""
     if said is None:
         return before if before.startswith(f"{text}: ") else text
-    return f"{text}: {said}"
+    return f"{text}: {said.text}"
 
 
 def _workers(job: FineTuneJob, count: int) -> str:

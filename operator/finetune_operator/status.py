@@ -12,11 +12,13 @@ from finetune_api.jobstatus import (
     ConditionType,
     DataStatus,
     FineTuneJobStatus,
+    PrepareStatus,
     ResultStatus,
     State,
 )
 from finetune_api.progress import TrainerStatus
 from finetune_api.sizing import Sizing
+from finetune_operator.attempts import made
 from finetune_operator.observe import Pod
 
 TROUBLE_AFTER = datetime.timedelta(seconds=10)
@@ -33,6 +35,8 @@ class Decision:
     """Of the closed list, where something is wrong; empty: the state says it all."""
     accepted: bool = True
     attempts: tuple[Attempt, ...] = ()
+    prepare: PrepareStatus | None = None
+    """Of the Job that is about to be made."""
     data: DataStatus | None = None
     sizing: Sizing | None = None
     result: ResultStatus | None = None
@@ -68,6 +72,7 @@ def build(old: FineTuneJobStatus, decision: Decision, generation: int, now: date
             "conditions": conditions,
             "start_time": old.start_time or (now if decision.accepted else None),
             "completion_time": now if decision.state in ("Complete", "Failed") else None,
+            "prepare": decision.prepare or old.prepare,
             "attempts": list(decision.attempts),
             "attempt_count": decision.attempts[-1].number + 1 if decision.attempts else old.attempt_count,
             "gpus": decision.gpus or old.gpus,
@@ -213,20 +218,21 @@ def notes(old: FineTuneJobStatus, new: FineTuneJobStatus) -> tuple[Note, ...]:
 
 
 def _attempt_notes(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Note]:
-    before = {attempt.number: attempt for attempt in old.attempts}
+    earlier = made(old.attempts)
+    before = {attempt.number: attempt for attempt in earlier}
     found = []
     for attempt in new.attempts:
         known = before.get(attempt.number)
         if known is None:
-            found.append(Note("Normal", "AttemptStarted", f"created Job {attempt.job}{_fewer(attempt, old)}"))
+            found.append(Note("Normal", "AttemptStarted", f"created Job {attempt.job}{_fewer(attempt, earlier)}"))
         if attempt.outcome and (known is None or not known.outcome) and attempt.outcome != "Succeeded":
             reason = attempt.reason or attempt.outcome
             found.append(Note("Warning", reason, f"attempt {attempt.number}: {attempt.message or attempt.outcome}"))
     return found
 
 
-def _fewer(attempt: Attempt, old: FineTuneJobStatus) -> str:
-    before = old.attempts[-1].workers if old.attempts else None
+def _fewer(attempt: Attempt, earlier: Sequence[Attempt]) -> str:
+    before = earlier[-1].workers if earlier else None
     if not (before and attempt.workers) or before == attempt.workers:
         return ""
     return f"; workers: {attempt.workers} instead of {before}"

@@ -101,6 +101,8 @@ async def test_a_gang_in_a_queue_says_what_kueue_says(scene: Scene) -> None:
         # Whoever touches the job is heard at once; else the queue is asked once a minute.
         (await scene.api.patch(scene.job_path(), {"metadata": {"annotations": {"look": "again"}}})).must(200)
         await says("attempt 0 waits for queue q: no quota yet: 8 more needed")
+        admitted = {"status": {"conditions": [{"type": "Admitted", "status": "True"}]}}
+        (await scene.api.patch(f"{path}/{workload['metadata']['name']}", admitted)).must(200)
         (await scene.api.patch(scene.path("jobs", "j-0"), {"spec": {"suspend": False}})).must(200)
         await scene.run("j-0")
         status = await scene.reaches("Running")

@@ -10,7 +10,6 @@ from finetune_api.job import parse
 from finetune_api.policy import judge
 from finetune_api.profile import FineTuneProfile, FineTuneProfileSpec
 from finetune_api.support import unsupported_profile
-from finetune_operator.snapshot import Snapshot
 from support.manifests import job_manifest
 from support.world import World, make_job, make_profile, started
 
@@ -155,19 +154,6 @@ async def test_pods_get_the_defaults_and_keep_them_when_the_profile_changes() ->
     for name in ("support-bot-prepare", "support-bot-0", "support-bot-1"):
         assert '"maxLength": 64' in run_config(world, name)
     assert '"registry.example/trainer:2"' in run_config(world, "support-bot-1")
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"scheduling_grace_seconds": "x"}', '{"defaults": 1}'])
-def test_a_snapshot_that_somebody_changed_is_none(text: str) -> None:
-    assert Snapshot.decode(text) is None
-
-
-def test_a_snapshot_comes_back_as_it_was() -> None:
-    spec: dict[str, Any] = {"limits": {"maxActiveDeadlineSeconds": 5}, "defaults": {"training": {"seed": 1}}}
-    said = Snapshot.of(FineTuneProfile.model_validate(make_profile(**spec)))
-    assert Snapshot.decode(said.encode()) == said
-    assert (said.scheduling_grace_seconds, said.max_active_deadline_seconds) == (300, 5)
-    assert said.defaults == spec["defaults"]
 
 
 async def test_defaults_that_do_not_go_with_a_job_refuse_it() -> None:

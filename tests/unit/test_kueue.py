@@ -72,6 +72,6 @@ async def test_the_status_says_why_and_asks_again_in_a_minute() -> None:
     world.later(60)
     await world.settle()
     assert "Kueue is not installed" in (world.status.message or "")
-    world.objects["Job", "support-bot-0"]["spec"]["suspend"] = False
+    world.admit("support-bot-0")
     await world.settle()
     assert (world.state, world.status.message) == ("Starting", "attempt 0 starts one worker")

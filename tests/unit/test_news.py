@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 import pytest
 
-from finetune_api.failures import Reason
 from finetune_operator.cluster import ApiError
 from finetune_operator.controller import child_of
 from finetune_operator.news import ChildNews, JobNews, job_facts, pod_facts
 from finetune_operator.observe import Census
 from finetune_operator.profiles import FRESH_SECONDS, Profiles
-from support.world import Object, World, make_job, make_profile, rfc3339, started
+from finetune_operator.reconcile import NotYet, glance
+from finetune_operator.turns import Line
+from support.world import CONTEXT, Object, World, make_job, make_profile, rfc3339, started
 
 KEY = ("team-a", "support-bot")
 
@@ -134,13 +135,28 @@ async def test_a_job_that_was_created_but_not_recorded_is_found_where_nothing_is
     assert world.names("Job") == ["support-bot-prepare"]
 
 
-async def test_a_name_that_is_taken_by_our_own_is_looked_at_again_at_once() -> None:
+async def test_without_its_status_a_job_begins_anew() -> None:
+    """What runs is not known any more, so it does not go on."""
     world = await started(World(make_job().build()))
-    world.fail("support-bot-0", Reason.DIVERGED)
     del world.job["status"]
-    assert await world.reconcile() == 0.0
-    await world.settle()
-    assert world.state == "Failed"
+    with pytest.raises(NotYet, match="Job support-bot-prepare was not recorded when it was made"):
+        await world.reconcile()
+    await world.reconcile()
+    assert (world.state, world.names("Job")) == ("Preparing", ["support-bot-0", "support-bot-prepare"])
+    # The gang that is left over is found by the look at all jobs.
+    assert await glance(world.job, census_of(world), CONTEXT, Profiles(world), Line()) is None
+    await world.reconcile()
+    assert world.names("Job") == ["support-bot-prepare"]
+
+
+def census_of(world: World) -> Census:
+    census = Census()
+    for (kind, _), raw in world.objects.items():
+        raw = copy.deepcopy(raw)
+        raw["metadata"]["namespace"] = "team-a"
+        if kind == "Job":
+            census.add_job(raw)
+    return census
 
 
 class Counting(World):
@@ -203,6 +219,6 @@ async def test_annotations_that_somebody_changed_keep_nobody_from_being_read() -
     census = Census()
     census.add_job(job)
     census.add_pod(pod)
-    observed = census.of("job-uid", "team-a", "support-bot")
-    assert [(child.attempt, child.snapshot, child.gpus) for child in observed.jobs] == [(0, None, None)]
+    observed = census.of("job-uid", "team-a", "support-bot", world.status)
+    assert [(child.attempt, child.queue) for child in observed.jobs] == [(0, None)]
     assert [pod.index for pod in observed.pods] == [None]

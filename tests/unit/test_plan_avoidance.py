@@ -68,7 +68,7 @@ async def failed_twice(**spec: Any) -> World:
     world = await started(World(make_job().with_policy(maxAttempts=9).with_spec(**spec).build()), attempt_runs=False)
     for number, reason in enumerate((Reason.HUNG, Reason.RANK_FAILED)):
         assert affinity(world, number) == {}
-        world.objects["Job", f"support-bot-{number}"]["spec"]["suspend"] = False
+        world.admit(f"support-bot-{number}")
         world.run(f"support-bot-{number}")
         await world.settle()
         world.fail(f"support-bot-{number}", reason)

@@ -119,8 +119,7 @@ async def test_pods_that_a_quota_refuses_count_as_unplaced() -> None:
 
 async def test_a_queue_has_its_own_way() -> None:
     world = await asked(placed=0, queue={"name": "team-a"})
-    gang = world.objects["Job", "support-bot-0"]
-    gang["spec"]["suspend"] = False
+    world.admit("support-bot-0")
     world.place("support-bot-0", 3)
     await world.settle()
     await passes(world, 10 * GRACE)

@@ -10,10 +10,10 @@ from finetune_operator.reconcile import NotYet
 from support.world import RESULT, Crash, World, make_job, make_profile, rfc3339, started
 
 
-async def test_seven_writes_from_the_job_to_the_gang() -> None:
+async def test_nine_writes_from_the_job_to_the_gang() -> None:
     world = await started(World(make_job().build()), attempt_runs=False)
     assert world.created[2:] == ["Service/support-bot-0", "ConfigMap/support-bot-0", "Job/support-bot-0"]
-    assert world.writes == 7
+    assert world.writes == 9
     assert world.state == "Starting"
     [attempt] = world.status.attempts
     assert (attempt.number, attempt.job, attempt.outcome) == (0, "support-bot-0", None)
@@ -127,7 +127,7 @@ async def test_a_queue_admits_the_gang() -> None:
     assert gang["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team-a"
     assert gang["metadata"]["labels"]["kueue.x-k8s.io/priority-class"] == "batch"
     assert (world.state, world.status.message) == ("Queued", "attempt 0 waits for queue team-a")
-    gang["spec"]["suspend"] = False
+    world.admit("support-bot-0")
     await world.settle()
     assert world.state == "Starting"
     world.run("support-bot-0")
@@ -169,7 +169,7 @@ async def test_what_a_deleted_job_of_the_same_name_left_is_waited_for() -> None:
     world.put({"kind": "ConfigMap", "metadata": {"name": "support-bot-prepare", "ownerReferences": owner}, "data": {}})
     with pytest.raises(NotYet, match="waits for garbage collection"):
         await world.reconcile()
-    assert world.writes == 0
+    assert world.created == []
     del world.objects["ConfigMap", "support-bot-prepare"]
     await world.settle()
     assert world.state == "Preparing"
@@ -185,11 +185,11 @@ async def test_children_of_an_earlier_job_of_the_same_name_are_not_ours() -> Non
 
 async def test_a_config_map_of_a_try_under_another_profile_is_replaced() -> None:
     world = World(make_job().build())
-    world.crash_after = 1
+    world.crash_after = 2  # the record, and the ConfigMap
     with pytest.raises(Crash):
         await world.reconcile()
     world.profiles = [make_profile(storage={"region": "elsewhere"})]
-    with pytest.raises(NotYet, match="out of date"):
+    with pytest.raises(NotYet, match="made anew"):
         await world.reconcile()
     await world.settle()
     assert "elsewhere" in world.objects["ConfigMap", "support-bot-prepare"]["data"]["run.json"]

@@ -9,14 +9,14 @@ from finetune_api.run import RunConfig, StageSummary
 from support.world import PREPARED, START, World, make_job, make_profile, rfc3339
 
 
-async def test_prepare_comes_first_and_costs_three_writes() -> None:
+async def test_prepare_comes_first_and_costs_four_writes() -> None:
     world = World(make_job().build())
     await world.settle()
     assert world.created == ["ConfigMap/support-bot-prepare", "Job/support-bot-prepare"]
-    assert (world.state, world.writes) == ("Preparing", 3)
+    assert (world.state, world.writes) == ("Preparing", 4)
     world.run("support-bot-prepare")
     await world.settle()
-    assert world.writes == 3
+    assert world.writes == 4
     assert [e["reason"] for e in world.events] == ["Preparing"]
 
 

@@ -214,7 +214,7 @@ async def test_a_queue_has_its_own_order() -> None:
     await ready(first, second, third)
     assert [each.status.message for each in (first, second)] == ["attempt 0 waits for queue q"] * 2
     for each in (first, second):
-        each.objects["Job", f"{each.job['metadata']['name']}-0"]["spec"]["suspend"] = False
+        each.admit(f"{each.job['metadata']['name']}-0")
         await each.settle()
     assert [each.state for each in (first, second, third)] == ["Starting"] * 3
 
