@@ -46,10 +46,10 @@ class Asked:
         return str(self.metadata.get("name", ""))
 
     def request(self, uid: str) -> Obj:
-        """The members of an AdmissionRequest, but for the objects."""
+        """The members of an AdmissionRequest, but for the objects; as on a real server those that are empty are left out."""
         kind = {"group": self.resource.group, "version": self.resource.version, "kind": self.resource.kind}
         what = {"group": self.resource.group, "version": self.resource.version, "resource": self.resource.plural}
-        return {
+        whole = {
             "uid": uid,
             "kind": kind,
             "requestKind": kind,
@@ -63,6 +63,7 @@ class Asked:
             "dryRun": self.dry_run,
             "options": self.options,
         }
+        return {key: value for key, value in whole.items() if value not in ("", None)}
 
 
 def configurations(store: Store, plural: str) -> Iterator[Obj]:

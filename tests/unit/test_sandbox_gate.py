@@ -39,7 +39,7 @@ def test_what_it_does_is_taken() -> None:
 @pytest.mark.parametrize(
     ("spec", "field"),
     [
-        ({"matchConstraints": {"resourceRules": [RULE | {"operations": ["DELETE"]}]}}, "operations"),
+        ({"matchConstraints": {"resourceRules": [RULE | {"operations": ["CONNECT"]}]}}, "operations"),
         ({"matchConstraints": {"resourceRules": [RULE | {"operations": ["*"]}]}}, "operations"),
         ({"validations": []}, "spec.validations"),
         ({"validations": [{"expression": "object.spec. =="}]}, "spec.validations[0].expression"),
