@@ -93,7 +93,10 @@ async def in_force(thief: Thief, policies: Sequence[str]) -> None:
             wrong["metadata"]["name"] = "probe"
         said = f"'{policy}' with binding"
         await eventually(
-            partial(thief.create, wrong), policy, until=lambda a, said=said: said in a.body.get("message", ""), timeout=30
+            partial(thief.create, wrong),
+            policy,
+            until=lambda a, said=said: said in a.body.get("message", ""),
+            timeout=30,
         )
 
 
@@ -123,7 +126,8 @@ async def test_all_that_the_operator_makes_is_admitted(thief: Thief) -> None:
 
 async def test_no_way_out_is_admitted(thief: Thief) -> None:
     gang = thief.gang()
-    whole = {kind: next(m for m in reversed(gang) if m["kind"] == kind) for kind in ("Job", "ConfigMap", "Service", "NetworkPolicy")}  # fmt: skip
+    kinds = {way.kind for way in WAYS}
+    whole = {kind: next(m for m in reversed(gang) if m["kind"] == kind) for kind in kinds}
 
     def changed(way: Way) -> Object:
         made = copy.deepcopy(whole[way.kind])

@@ -1,4 +1,4 @@
-"""What the operator makes, for policies that judge its account: the real objects of every kind, and ways out of them."""
+"""What the operator makes, for policies that judge its account: real objects of every kind, and ways out of them."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
@@ -105,6 +105,7 @@ def put(where: str, value: Any) -> Change:
 
 POD, BOX = "spec.template.spec", "spec.template.spec.containers.0"
 SECURITY = f"{BOX}.securityContext"
+APPARMOR = "container.apparmor.security.beta.kubernetes.io/trainer"
 OTHER = {"name": "other", "image": "a.example/b:1"}
 HOOK = {"postStart": {"exec": {"command": ["sh"]}}}
 PROBE = {"exec": {"command": ["sh"]}}
@@ -227,7 +228,7 @@ JOBS: tuple[tuple[str, Change], ...] = (
     ("another ConfigMap in a projection", _volume(projected={"sources": [{"configMap": {"name": "theirs"}}]})),
     ("a key of a Secret", _value(secretKeyRef={"name": "theirs", "key": "token"})),
     ("a key of a ConfigMap", _value(configMapKeyRef={"name": "theirs", "key": "x"})),
-    ("annotations of pods", put("spec.template.metadata.annotations", {"container.apparmor.security.beta.kubernetes.io/x": "unconfined"})),
+    ("annotations of pods", put("spec.template.metadata.annotations", {APPARMOR: "unconfined"})),
     ("pods of another job", _label("finetune.dev/job-name", "other")),
     ("pods of another attempt", _label("finetune.dev/attempt", "7")),
     ("pods of the network's test", _label("finetune.dev/network-test", "nettest-0123456789ab")),
