@@ -81,6 +81,8 @@ class Child:
 
     name: str
     uid: str
+    attempt: int | None
+    """None: `prepare`."""
     created: datetime.datetime
     workers: int
     suspended: bool
@@ -89,8 +91,6 @@ class Child:
     finished_at: datetime.datetime | None
     message: str
     """Of the condition that finished it."""
-    attempt: int | None = None
-    """None: `prepare`."""
     queue: str | None = None
     """The one that it was handed to, which admits it."""
     selective: bool = False
@@ -218,6 +218,7 @@ def read_job(raw: Object) -> Child:
     return Child(
         name=meta["name"],
         uid=meta["uid"],
+        attempt=None,
         created=_time(meta["creationTimestamp"]),
         workers=spec.get("completions", 1),
         suspended=bool(spec.get("suspend")),

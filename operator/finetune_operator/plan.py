@@ -3,8 +3,9 @@
 The same arguments give the same plan, and once it is carried out the next one is empty until something else changes, or
 until the time that it told: so that nobody has to plan again only because it was carried out.
 It is carried out in the order record, create, status, delete, Events. What a Job is made for stands in the status
-before it is made, and its UID after; a Job that the status does not know decides nothing and is deleted. Whatever is
-deleted is already recorded as ended. So a crash at any point leaves a state from which the next plan goes on.
+before it is made, and its UID after; a Job that the status does not know decides nothing, and is deleted unless it is
+just what is to be made. Whatever is deleted is already recorded as ended. So a crash at any point leaves a state from
+which the next plan goes on.
 """
 
 import datetime
@@ -289,11 +290,14 @@ def _superfluous(observed: Observed, step: Step) -> tuple[Deletion, ...]:
     ended = {a.number for a in step.decision.attempts if a.outcome}
     old = [child for child in observed.gangs if child.finished and child.attempt in ended][:-KEEP_ENDED]
     whole = (deletion for child in (*unwanted, *old) if not child.deleting for deletion in _whole(child))
-    return (*whole, *_outlived(observed, step), *_strays(observed))
+    return (*whole, *_outlived(observed, step), *_strays(observed, step.create))
 
 
-def _strays(observed: Observed) -> tuple[Deletion, ...]:
-    return tuple(Deletion("Job", child.name, child.uid) for child in observed.strays if not child.deleting)
+def _strays(observed: Observed, create: Sequence[Object] = ()) -> tuple[Deletion, ...]:
+    """Jobs that no status knows; one that is in the way of what is created is looked at there."""
+    names = {manifest["metadata"]["name"] for manifest in create}
+    strays = (child for child in observed.strays if not child.deleting and child.name not in names)
+    return tuple(Deletion("Job", child.name, child.uid) for child in strays)
 
 
 def _whole(child: Child) -> tuple[Deletion, ...]:

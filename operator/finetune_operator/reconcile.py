@@ -18,6 +18,7 @@ from finetune_operator.manifests import Context
 from finetune_operator.observe import Census, Child, Observed, controller_uid, expected_names, observe
 from finetune_operator.plan import Deletion, Plan, collision, plan, to_record, with_uids
 from finetune_operator.profiles import Profiles
+from finetune_operator.sameness import is_same_job
 from finetune_operator.status import Note, finished, patch
 from finetune_operator.turns import Line
 
@@ -137,19 +138,22 @@ async def _carry_out(
     cluster: Cluster, subject: Subject, raw: Object, decided: Plan, clock: Callable[[], datetime.datetime]
 ) -> Result:
     created: list[Object] = []
-    status = subject.status
+    status, existed = subject.status, False
     if decided.create:
         status = to_record(subject.status, decided.status)
         raw = await _write(cluster, subject, raw, subject.status, status)
     try:
         for manifest in decided.create:
-            created.append(await _create(cluster, subject, manifest))
+            child, was_there = await _create(cluster, subject, manifest)
+            created.append(child)
+            existed |= was_there
     except Collision as error:
         created, decided = [], collision(subject, error.kind, error.name, clock())
     raw = await _write(cluster, subject, raw, status, with_uids(decided.status, created))
     await _delete(cluster, subject, decided.delete)
     await _tell(cluster, subject, decided, clock())
-    return Result(decided.requeue_after, decided.status.state, raw)
+    # What was there already may have come further than a new one, and was not looked at.
+    return Result(0.0 if existed else decided.requeue_after, decided.status.state, raw)
 
 
 async def _write(
@@ -224,12 +228,11 @@ async def _of_queue(cluster: Cluster, subject: Subject, queued: Child | None) ->
     return Queue(told(workloads), admitted(workloads))
 
 
-async def _create(cluster: Cluster, subject: Subject, manifest: Object) -> Object:
-    """The object as created now; what decides nothing by itself may be there by an earlier try. Raises Collision,
-    NotYet."""
+async def _create(cluster: Cluster, subject: Subject, manifest: Object) -> tuple[Object, bool]:
+    """The object as created now, or one that is there and is the same: then True. Raises Collision, NotYet."""
     kind, name = manifest["kind"], manifest["metadata"]["name"]
     try:
-        return {**await cluster.create(manifest), "kind": kind}
+        return {**await cluster.create(manifest), "kind": kind}, False
     except ApiError as error:
         if error.reason != "AlreadyExists":
             raise
@@ -240,12 +243,12 @@ async def _create(cluster: Cluster, subject: Subject, manifest: Object) -> Objec
         if _of_namesake(found, subject):
             raise NotYet(f"{kind} {name} is of an earlier FineTuneJob and waits for garbage collection")
         raise Collision(kind, name)
-    if kind == "Job" or any(found.get(part) != manifest[part] for part in _DECIDED.get(kind, ())):
-        # Left by a try that was cut short, or put there by somebody who wants it to be taken for ours. Which of the two
-        # cannot be told of a Job, so it is never adopted.
+    same = all(found.get(part) == manifest[part] for part in _DECIDED.get(kind, ()))
+    if not (is_same_job(manifest, found) if kind == "Job" else same):
+        # Left by a try that was cut short, under another profile; or put there by somebody to be taken for ours.
         await cluster.delete(kind, subject.namespace, name, found["metadata"]["uid"])
-        raise NotYet(f"{kind} {name} was not recorded when it was made; it is deleted and made anew")
-    return {**found, "kind": kind}
+        raise NotYet(f"{kind} {name} is not what is to be made; it is deleted and made anew")
+    return {**found, "kind": kind}, True
 
 
 async def _delete(cluster: Cluster, subject: Subject, deletions: Iterable[Deletion]) -> None:

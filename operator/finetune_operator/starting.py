@@ -45,7 +45,7 @@ def start(situation: Situation, job: FineTuneJob, profile: FineTuneProfile, prep
     if due and situation.now < due:
         text = f"attempt {number} starts at {due:%H:%M:%S} UTC{why}"
         return Step(situation.stand(replace(known, state=state, message=text)), due=(due, expires))
-    if lingering := _lingering(situation):
+    if lingering := _lingering(situation, attempt):
         text = f"attempt {number} waits for {', '.join(lingering[:3])} of the one before to end"
         return Step(situation.stand(replace(known, message=text)), due=(situation.now + LOOK_AGAIN,))
     claim = None if _queue(job) else situation.claim(profile, attempt.gpus or 1)
@@ -227,10 +227,11 @@ def _grace_of(terms: Terms, since: datetime.datetime) -> datetime.datetime:
     return since + datetime.timedelta(seconds=terms.scheduling_grace_seconds)
 
 
-def _lingering(situation: Situation) -> list[str]:
+def _lingering(situation: Situation, following: Attempt) -> list[str]:
     """Pods that may still write, of former attempts or of a Job that was not recorded: the next attempt waits for them,
-    but not for those of a lost node."""
-    pods = situation.observed.pods
+    but not for those of a lost node, nor for its own if its Job is there already."""
+    own = {child.uid for child in situation.observed.strays if child.name == following.job}
+    pods = (pod for pod in situation.observed.pods if pod.owner not in own)
     return [pod.name for pod in pods if not pod.over and not history.is_lost(pod, situation.now)]
 
 

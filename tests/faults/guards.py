@@ -70,11 +70,11 @@ GUARDS = (
     Guard(
         "what is deleted is recorded as ended before",
         f"{OPERATOR}/reconcile.py",
-        "    if change := patch(subject.status, with_uids(decided.status, created)):",
+        "    raw = await _write(cluster, subject, raw, status, with_uids(decided.status, created))",
         "    for kind, name, uid, version in decided.delete:\n"
         "        if uid:\n"
-        "            await cluster.delete(kind, key[0], name, uid, version)\n"
-        "    if change := patch(subject.status, with_uids(decided.status, created)):",
+        "            await cluster.delete(kind, subject.namespace, name, uid, version)\n"
+        "    raw = await _write(cluster, subject, raw, status, with_uids(decided.status, created))",
         (f"{CRASHES}[suspend]", "--case", "killed before the send"),
     ),
     Guard(
@@ -87,7 +87,7 @@ GUARDS = (
     Guard(
         "the next attempt waits for the pods of the one before",
         f"{OPERATOR}/starting.py",
-        "    if lingering := _lingering(situation):",
+        "    if lingering := _lingering(situation, attempt):",
         "    if lingering := []:",
         ("tests/unit/test_plan_retry.py::test_the_next_attempt_waits_for_the_pods_of_the_one_before",),
     ),

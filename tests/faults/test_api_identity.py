@@ -146,16 +146,17 @@ async def test_what_took_the_place_of_an_expired_job_is_not_deleted(theatre: "Th
         assert (await scene.api.get(scene.job_path())).must(200)["metadata"]["uid"] == uid
 
 
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", range(5))
 async def test_a_job_is_suspended_between_a_read_and_the_status_write(theatre: "Theatre", number: int) -> None:
     """The write is for a version that is no more: it must not happen, or the suspend would be forgotten."""
     async with theatre.scene() as scene:
         suspended = await once(scene, "patch finetunejobs/status", lambda: scene.policy(suspend=True), first=number)
         await scene.operator.start()
         await scene.submit(distribution={"workers": WORKERS})
-        if number:
-            await prepare(scene)
+        # Before each Job there is a record, and after it the whole status.
         if number > 1:
+            await prepare(scene)
+        if number > 3:
             await scene.run("j-0", WORKERS)
         await suspended()
         status = await scene.reaches("Suspended", timeout=PATIENCE)

@@ -42,7 +42,7 @@ async def test_from_the_manifest_to_the_result(live: Scene) -> None:
     await live.end("j-prepare", message=TerminationMessage(prepared=PREPARED))
     status = await live.reaches("Starting")
     written = len(live.proxy.writes)
-    assert written <= 8, live.proxy.writes
+    assert written <= 10, live.proxy.writes
     assert status["data"]["trainExamples"] == 1000
     assert status["sizing"]["strategy"] == "DDP"
     [attempt] = status["attempts"]
@@ -201,9 +201,10 @@ async def test_the_probe_tells_the_truth(scene: Scene, unused_tcp_port: int) -> 
         await eventually(health, "a bad answer", until=lambda code: code == 500, timeout=20)
 
 
-@pytest.mark.parametrize("write", range(1, 9))
+@pytest.mark.parametrize("write", range(1, 11))
 async def test_killed_after_any_of_its_writes(scene: Scene, write: int) -> None:
-    """Seven lead to the gang, the eighth to the end."""
+    """Nine lead to the gang, the tenth to the end. After the third and the eighth a Job is there whose UID nobody wrote
+    down: creating it is refused, and it is taken up."""
     scene.proxy.kill_after = write
     await scene.operator.start()
     await scene.submit()
@@ -229,4 +230,4 @@ async def test_killed_after_any_of_its_writes(scene: Scene, write: int) -> None:
     assert status["result"]["uri"] == RESULT.uri
     assert await scene.jobs() == ["j-0", "j-prepare"]
     created = [w for w in scene.proxy.writes if w.startswith("POST")]
-    assert len(created) == 5, created
+    assert len(created) == 5 + (write in (3, 8)), created

@@ -173,11 +173,15 @@ class Scene:
         return sorted(job["metadata"]["name"] for job in await self.api.items(self.path("jobs")))
 
     async def pods(self, job: str, count: int = 1) -> list[Object]:
-        """The Job's live pods, by worker, once there are that many."""
+        """The Job's live pods, by worker, once there are that many; not those of an earlier Job of the name."""
 
         async def live() -> list[Object]:
+            owner = await self.api.get(self.path("jobs", job))
+            if owner.status == 404:
+                return []
             found = await self.api.items(
-                self.path("pods", api="/api/v1"), labelSelector=f"batch.kubernetes.io/job-name={job}"
+                self.path("pods", api="/api/v1"),
+                labelSelector=f"batch.kubernetes.io/controller-uid={owner.must(200)['metadata']['uid']}",
             )
             over = ("Succeeded", "Failed")
             return [p for p in found if "deletionTimestamp" not in p["metadata"] and p["status"]["phase"] not in over]

@@ -135,15 +135,26 @@ async def test_a_job_that_was_created_but_not_recorded_is_found_where_nothing_is
     assert world.names("Job") == ["support-bot-prepare"]
 
 
-async def test_without_its_status_a_job_begins_anew() -> None:
-    """What runs is not known any more, so it does not go on."""
+async def test_what_a_job_that_lost_its_status_had_is_taken_up_again() -> None:
+    """`prepare` is what would be made, and so is the gang: nothing has to be done twice."""
+    world = await started(World(make_job().build()))
+    before = list(world.created)
+    del world.job["status"]
+    assert await world.reconcile() == 0.0
+    assert await world.reconcile() == 0.0
+    await world.settle()
+    assert world.status.attempts[0].uid == world.objects["Job", "support-bot-0"]["metadata"]["uid"]
+    assert (world.state, world.created) == ("Running", before)
+
+
+async def test_a_gang_of_a_job_that_began_anew_is_found_by_the_look_at_all_jobs() -> None:
     world = await started(World(make_job().build()))
     del world.job["status"]
-    with pytest.raises(NotYet, match="Job support-bot-prepare was not recorded when it was made"):
+    world.profiles = [make_profile(environment=[{"name": "NEW", "value": "1"}])]
+    with pytest.raises(NotYet, match="prepare is not what is to be made"):
         await world.reconcile()
     await world.reconcile()
     assert (world.state, world.names("Job")) == ("Preparing", ["support-bot-0", "support-bot-prepare"])
-    # The gang that is left over is found by the look at all jobs.
     assert await glance(world.job, census_of(world), CONTEXT, Profiles(world), Line()) is None
     await world.reconcile()
     assert world.names("Job") == ["support-bot-prepare"]

@@ -70,7 +70,7 @@ async def test_a_forged_gang_is_not_adopted_and_goes() -> None:
 async def test_a_forged_job_in_the_way_is_replaced() -> None:
     world = World(make_job().build())
     uid = forged(world, "support-bot-prepare")["metadata"]["uid"]
-    with pytest.raises(NotYet, match="was not recorded when it was made"):
+    with pytest.raises(NotYet, match="is not what is to be made"):
         await world.reconcile()
     await started(world)
     assert world.state == "Running"

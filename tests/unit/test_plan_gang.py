@@ -189,7 +189,7 @@ async def test_a_config_map_of_a_try_under_another_profile_is_replaced() -> None
     with pytest.raises(Crash):
         await world.reconcile()
     world.profiles = [make_profile(storage={"region": "elsewhere"})]
-    with pytest.raises(NotYet, match="made anew"):
+    with pytest.raises(NotYet, match="ConfigMap support-bot-prepare is not what is to be made"):
         await world.reconcile()
     await world.settle()
     assert "elsewhere" in world.objects["ConfigMap", "support-bot-prepare"]["data"]["run.json"]
