@@ -46,7 +46,7 @@ class Asked:
         return str(self.metadata.get("name", ""))
 
     def request(self, uid: str) -> Obj:
-        """The members of an AdmissionRequest, but for the objects; as on a real server those that are empty are left out."""
+        """The members of an AdmissionRequest that are not empty, as a real server sends them, but for the objects."""
         kind = {"group": self.resource.group, "version": self.resource.version, "kind": self.resource.kind}
         what = {"group": self.resource.group, "version": self.resource.version, "resource": self.resource.plural}
         whole = {
