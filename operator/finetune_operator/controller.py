@@ -135,6 +135,8 @@ class Controller:
         """A watch event of a FineTuneJob; `kind` is DELETED, or anything else."""
         key = raw["metadata"]["namespace"], raw["metadata"]["name"]
         self.metrics.watched("FineTuneJob")
+        if key[0] in self.settings.excluded_namespaces:
+            return
         if kind == "DELETED":
             if self._acting:
                 self._budgets.gone(raw, utc_now())
@@ -177,7 +179,8 @@ class Controller:
         return None
 
     def _add(self, key: Key) -> None:
-        if not self._acting:
+        # What is excluded is told of by children too: nothing is done about them.
+        if not self._acting or key[0] in self.settings.excluded_namespaces:
             return
         self.metrics.queue_adds.inc()
         self._added.setdefault(key, self._clock())
@@ -256,6 +259,8 @@ class Controller:
                 self.metrics.jobs.note_pod(raw)
                 self._children.heard(raw, pod_facts(raw))
         async for raw in self._cluster.list_all("FineTuneJob", namespaces):
+            if raw["metadata"]["namespace"] in self.settings.excluded_namespaces:
+                continue
             missing.discard((raw["metadata"]["namespace"], raw["metadata"]["name"]))
             self._budgets.look(raw, utc_now())
             await self._look_at(raw, census)
