@@ -187,7 +187,7 @@ class Connection:
             try:
                 return parsed(read, data)
             except (ValueError, RecursionError) as error:
-                raise ApiError(response.status, "BadAnswer", f"{what}: {str(error)[:300]}") from error
+                raise ApiError(0, "Unreadable", f"{what}: the answer cannot be read: {str(error)[:300]}") from error
 
     @asynccontextmanager
     async def _body(self, what: str, response: aiohttp.ClientResponse, most: int) -> AsyncIterator[Data]:

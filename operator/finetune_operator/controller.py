@@ -149,6 +149,8 @@ class Controller:
         """A watch event of a FineTuneJob; `kind` is DELETED, or anything else."""
         key = named(raw)
         self.metrics.watched("FineTuneJob")
+        if key[0] in self.settings.excluded_namespaces:
+            return
         if kind == "DELETED":
             if self._acting:
                 self._budgets.gone(raw, utc_now())
@@ -200,7 +202,8 @@ class Controller:
         return None
 
     def _add(self, key: Key) -> None:
-        if not self._acting:
+        # What is excluded is told of by children too: nothing is done about them.
+        if not self._acting or key[0] in self.settings.excluded_namespaces:
             return
         self.metrics.queue_adds.inc()
         self._added.setdefault(key, self._clock())
@@ -311,6 +314,8 @@ class Controller:
                 unclear.add(parent_of(raw))
         async for raw in self._cluster.list_all("FineTuneJob", namespaces):
             key = named(raw)
+            if key[0] in self.settings.excluded_namespaces:
+                continue
             missing.discard(key)
             self._budgets.look(raw, utc_now())
             with self._contained.about("resync", *key) as look:

@@ -19,6 +19,8 @@ class Settings(BaseModel):
 
     namespaces: Names = ()
     """Namespaces to serve, parted by blanks; none: all. An operator with rights on some namespaces only needs it."""
+    excluded_namespaces: Names = ()
+    """Namespaces whose FineTuneJobs are left alone, whatever `namespaces` says: the system's and the operator's own."""
     workers: Annotated[int, Field(ge=1, le=256)] = 16
     """Jobs that are reconciled at once: it bounds the requests in flight, and so what an API server must bear."""
     resync_seconds: Annotated[float, Field(gt=0)] = 100.0

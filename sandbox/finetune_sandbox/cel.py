@@ -41,7 +41,7 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "min": lambda items: min(items),
     "max": lambda items: max(items),
 }
-_CORE = frozenset(
+CORE = frozenset(
     [
         *("size", "string", "int", "uint", "double", "bool", "bytes", "type", "dyn", "has", "all", "exists"),
         *(
@@ -140,7 +140,7 @@ def _compile(text: str, path: str, problems: list[Cause]) -> cel.Program | None:
         problems.append(wrong(path, text, f"compilation failed: {error}"))
         return None
     names = (f for f in program.functions() if f.isidentifier() or "." in f)
-    unknown = sorted(f for f in names if f not in _CORE and f not in FUNCTIONS)
+    unknown = sorted(f for f in names if f not in CORE and f not in FUNCTIONS)
     if unknown:
         problems.append(wrong(path, text, f"compilation failed: undeclared reference to {', '.join(unknown)} "
                               "(the sandbox has the core language and string functions)"))  # fmt: skip

@@ -89,8 +89,9 @@ class Change:
 class Client:
     """One connection pool to one API server. Close it, or use it as an async context manager."""
 
-    def __init__(self, configuration: Configuration, source: str) -> None:
+    def __init__(self, configuration: Configuration, source: str, acting: Mapping[str, str] | None = None) -> None:
         self._configuration = configuration
+        self._acting = dict(acting or {})
         self._ssl = RESTClientObject(configuration).ssl_context
         self.host = str(configuration.host)
         self.source = source
@@ -110,6 +111,11 @@ class Client:
         )
         return cls(configuration, str(path or ""))
 
+    def acting_as(self, name: str, group: str = "") -> Client:
+        """A client of the same server for another user, whom this one's must be allowed to impersonate."""
+        headers = {"Impersonate-User": name} | ({"Impersonate-Group": group} if group else {})
+        return Client(self._configuration, self.source, headers)
+
     async def __aenter__(self) -> Client:
         return self
 
@@ -125,7 +131,7 @@ class Client:
             str(entry["key"]): str(entry["value"])
             for entry in settings.values()
             if entry["in"] == "header" and entry["value"]
-        }
+        } | self._acting
 
     async def request(
         self,

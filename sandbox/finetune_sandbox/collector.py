@@ -11,19 +11,24 @@ import logging
 from collections.abc import Callable
 
 from finetune_sandbox import custom
+from finetune_sandbox.auth import User
 from finetune_sandbox.errors import ApiError, Obj
+from finetune_sandbox.gate import Asked
+from finetune_sandbox.identities import GARBAGE_COLLECTOR, NAMESPACE_CONTROLLER, POD_COLLECTOR
+from finetune_sandbox.policies import Policies
 from finetune_sandbox.registry import FOREGROUND, ORPHAN, DeleteOptions, Registry
 from finetune_sandbox.resources import Resource
 from finetune_sandbox.store import Entry, Key
 
 log = logging.getLogger(__name__)
 Place = tuple[str, Key]
+DENIED, RETRY_SECONDS = (403, 422), 2.0  # by a policy, which may be another one by then
 ABANDONED_SECONDS = 1.0  # a real pod garbage collector comes by every 20; others may see the pod terminating meanwhile
 
 
 class Collector:
-    def __init__(self, registry: Registry, ca: str) -> None:
-        self.registry, self.store, self._ca = registry, registry.store, ca
+    def __init__(self, registry: Registry, policies: Policies, ca: str) -> None:
+        self.registry, self.store, self._policies, self._ca = registry, registry.store, policies, ca
         self._queue: asyncio.Queue[Callable[[], None]] = asyncio.Queue()
         registry.observers.append(self.observe)
 
@@ -35,6 +40,8 @@ class Collector:
                 step()
             except ApiError as error:  # the object changed under us: its own change brings us back
                 log.warning("garbage collection: %s", error)
+                if error.code in DENIED:
+                    asyncio.get_running_loop().call_later(RETRY_SECONDS, self._queue.put_nowait, step)
             await asyncio.sleep(0)
 
     def observe(self, resource: Resource, before: Entry | None, after: Entry | None) -> None:
@@ -105,7 +112,7 @@ class Collector:
         policy = "Orphan" if ORPHAN in finalizers else "Foreground" if FOREGROUND in finalizers else "Background"
         if "waiting" in states.values() and self.store.dependents.get(data["uid"]):
             policy = "Foreground"
-        self.registry.delete(resource, *place[1], DeleteOptions(policy=policy, uid=data["uid"]))
+        self._delete(GARBAGE_COLLECTOR, resource, entry, DeleteOptions(policy=policy, uid=data["uid"]))
 
     def _drop_owners(self, resource: Resource, entry: Entry, uids: set[str]) -> None:
         def change(obj: Obj) -> None:
@@ -114,6 +121,21 @@ class Collector:
             if not left:
                 del obj["metadata"]["ownerReferences"]
 
+        self._modify(GARBAGE_COLLECTOR, resource, entry, change)
+
+    def _delete(self, user: User, resource: Resource, entry: Entry, options: DeleteOptions) -> None:
+        given = {"propagationPolicy": options.policy} if options.policy else {}
+        self._policies.check_deletion(user, resource, entry.obj, given)
+        self.registry.delete(resource, *entry.key, options)
+
+    def _modify(
+        self, user: User, resource: Resource, entry: Entry, change: Callable[[Obj], None], sub: str = ""
+    ) -> None:
+        changed = entry.copy()
+        change(changed)
+        asked = Asked(user, "UPDATE", resource, sub, changed, entry.copy(), dry_run=False)
+        if self._policies.concern(asked):
+            self._policies.check(asked)
         self.registry.modify(resource, entry, change)
 
     def _settle(self, uid: str) -> None:
@@ -146,7 +168,7 @@ class Collector:
             if not obj["metadata"]["finalizers"]:
                 del obj["metadata"]["finalizers"]
 
-        self.registry.modify(resource, entry, change)
+        self._modify(GARBAGE_COLLECTOR, resource, entry, change)
 
     def _furnish(self, name: str) -> None:
         """What every namespace has: the default service account and the CA."""
@@ -166,7 +188,7 @@ class Collector:
         if entry is None or not _abandoned(entry.obj):
             return
         pods = self.registry.kinds.by_key["pods"]
-        self.registry.modify(pods, entry, lambda pod: pod["status"].update(phase="Failed"))
+        self._modify(POD_COLLECTOR, pods, entry, lambda pod: pod["status"].update(phase="Failed"), "status")
 
     def _empty_namespace(self, name: str) -> None:
         namespace = self.store.get("namespaces", "", name)
@@ -175,7 +197,7 @@ class Collector:
         for key, table in self.store.tables.items():
             for entry in list(table.spaces.get(name, {}).values()) if name else ():
                 if "deletionTimestamp" not in entry.obj["metadata"]:
-                    self.registry.delete(self.registry.kinds.by_key[key], *entry.key, DeleteOptions())
+                    self._delete(NAMESPACE_CONTROLLER, self.registry.kinds.by_key[key], entry, DeleteOptions())
         if not any(table.spaces.get(name) for table in self.store.tables.values()):
 
             def finalize(obj: Obj) -> None:

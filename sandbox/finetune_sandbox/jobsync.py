@@ -118,7 +118,7 @@ def _after_end(job: Object, ended: Object, tracked: tuple[Object, ...], now: dat
     ttl = job["spec"].get("ttlSecondsAfterFinished")
     if ttl is None:
         return Plan(release=tracked)
-    left = (_time(ended["lastTransitionTime"]) + timedelta(seconds=ttl) - now).total_seconds()
+    left = (_time(ended["lastTransitionTime"]) - now).total_seconds() + ttl
     return Plan(release=tracked, delete_job=left <= 0, requeue_after=left if left > 0 else None)
 
 
@@ -176,7 +176,8 @@ def _failure(job: Object, tracked: Sequence[Object], failed: int, now: datetime,
         return _new("FailureTarget", "True", "BackoffLimitExceeded", "Job has reached the specified backoff limit", now)
     seconds = spec.get("activeDeadlineSeconds")
     if seconds is not None and not spec.get("suspend"):
-        left = (_time(step.status["startTime"]) + timedelta(seconds=seconds) - now).total_seconds()
+        # A number, not a time: whoever writes Jobs may ask for more seconds than there are years.
+        left = (_time(step.status["startTime"]) - now).total_seconds() + seconds
         if left <= 0 and not _resuming(job):
             message = "Job was active longer than specified deadline"
             return _new("FailureTarget", "True", "DeadlineExceeded", message, now)

@@ -7,6 +7,7 @@ from typing import Any
 from finetune_sandbox import builtin, columns, custom, jobkind, podkind, policies, webhooks
 from finetune_sandbox.errors import Obj
 from finetune_sandbox.gate import REGISTRATION
+from finetune_sandbox.identities import built_in
 from finetune_sandbox.resources import Resource
 
 _EVENT_FIELDS = (
@@ -123,4 +124,5 @@ DEFAULTS: tuple[tuple[str, str, Obj], ...] = (
         _reviews("authentication.k8s.io", "tokenreviews"),
         _reviews("authorization.k8s.io", "subjectaccessreviews"),
     ),
+    *built_in(),
 )

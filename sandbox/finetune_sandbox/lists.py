@@ -7,7 +7,7 @@ import binascii
 import json
 import secrets
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from finetune_sandbox import table
 from finetune_sandbox.errors import ApiError, Obj, bad_request, expired, not_allowed
@@ -87,12 +87,19 @@ class Lister:
             raise expired(f"the sandbox keeps no past lists: {rev} is over, {self.store.rev} is now")
 
     def delete_collection(
-        self, resource: Resource, route: Route, query: Mapping[str, str], options: DeleteOptions, call: Call
+        self,
+        resource: Resource,
+        route: Route,
+        query: Mapping[str, str],
+        options: DeleteOptions,
+        call: Call,
+        admit: Callable[[Entry], None],
     ) -> Obj:
-        """Deletes each match; returns them as a list, as they were."""
+        """Deletes each match; returns them as a list, as they were. `admit` raises ApiError for one that must stay."""
         entries = self.registry.select(resource, filter_of(resource, route, query))
         for entry in entries:
             if self.store.get(resource.key, *entry.key):
+                admit(entry)
                 self.registry.delete(resource, *entry.key, options, call)
         kind = resource.list_kind or resource.kind + "List"
         head: Obj = {"kind": kind, "apiVersion": resource.api_version}

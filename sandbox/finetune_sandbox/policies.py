@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -9,16 +10,19 @@ from typing import Any
 import cel
 
 from finetune_sandbox.auth import Attributes, Authorizer, User
-from finetune_sandbox.cel import FUNCTIONS
+from finetune_sandbox.cel import CORE, FUNCTIONS
 from finetune_sandbox.errors import ApiError, Cause, Obj, bad_request, forbidden, not_supported, required, wrong
-from finetune_sandbox.gate import Asked, check_rules, configurations, meant, selected
-from finetune_sandbox.resources import Kinds
+from finetune_sandbox.gate import Asked, check_match, configurations, meant, placed, selected
+from finetune_sandbox.resources import Kinds, Resource
 from finetune_sandbox.selectors import from_label_selector
 from finetune_sandbox.store import Filter, Store
 
 _ERRORS = (KeyError, TypeError, ValueError, RuntimeError, IndexError, OverflowError)
 _ACTIONS = ("Deny", "Warn")
 _POLICY_FAILURES = ("Fail", "Ignore")
+_MEMBERS = ("group", "resource", "subresource", "namespace", "name")
+_VARIABLES = ("object", "oldObject", "request", "namespaceObject", "params", "authorizer", "variables")
+_BOUND = re.compile(r"\.(?:all|exists|exists_one|map|filter)\(\s*(\w+)\s*,")
 _CODES = {"Unauthorized": 401, "Forbidden": 403, "Invalid": 422, "RequestEntityTooLarge": 413}
 
 
@@ -30,9 +34,7 @@ def _program(text: str) -> cel.Program:
 def validate(policy: Obj, old: Obj | None) -> list[Cause]:
     """A policy whose expressions this server cannot run is refused."""
     spec = policy.get("spec") or {}
-    found = check_rules(
-        (spec.get("matchConstraints") or {}).get("resourceRules"), "spec.matchConstraints.resourceRules"
-    )
+    found = check_match(spec.get("matchConstraints") or {}, "spec.matchConstraints")
     if spec.get("failurePolicy", "Fail") not in _POLICY_FAILURES:
         found.append(not_supported("spec.failurePolicy", spec["failurePolicy"], _POLICY_FAILURES))
     if not spec.get("validations"):
@@ -43,11 +45,21 @@ def validate(policy: Obj, old: Obj | None) -> list[Cause]:
     for part, key in _EXPRESSIONS:
         for i, entry in enumerate(spec.get(part) or ()):
             if text := entry.get(key):
-                try:
-                    _program(text)
-                except ValueError as error:
-                    found.append(wrong(f"spec.{part}[{i}].{key}", text, f"compilation failed: {error}"))
+                found += _unusable(text, f"spec.{part}[{i}].{key}")
     return found
+
+
+def _unusable(text: str, path: str) -> list[Cause]:
+    """Why an expression cannot be run here: a function or a variable that this server does not have is an error when
+    the policy is stored, not when somebody writes an object."""
+    try:
+        program = _program(text)
+    except ValueError as error:
+        return [wrong(path, text, f"compilation failed: {error}")]
+    known = {*CORE, *FUNCTIONS, *_MEMBERS, "check", "allowed", *_VARIABLES, *_BOUND.findall(text)}
+    named = [f for f in program.functions() if f.isidentifier()] + list(program.variables())
+    unknown = sorted(set(named) - known)
+    return [wrong(path, text, f"compilation failed: undeclared reference to {', '.join(unknown)}")] if unknown else []
 
 
 _EXPRESSIONS = (
@@ -62,8 +74,7 @@ def validate_binding(binding: Obj, old: Obj | None) -> list[Cause]:
     spec = binding.get("spec") or {}
     actions = spec.get("validationActions") or [""]
     found = [not_supported("spec.validationActions", a, _ACTIONS) for a in actions if a not in _ACTIONS]
-    match = spec.get("matchResources") or {}
-    return found + check_rules(match.get("resourceRules"), "spec.matchResources.resourceRules")
+    return found + check_match(spec.get("matchResources") or {}, "spec.matchResources")
 
 
 class Policies:
@@ -71,8 +82,10 @@ class Policies:
         self._store, self._kinds, self._authorizer = store, kinds, authorizer
 
     def concern(self, asked: Asked) -> bool:
-        """Whether there is a policy to ask; cheaper than the object that it would be asked about."""
-        return any(self._meant(policy, asked) for policy in configurations(self._store, "validatingadmissionpolicies"))
+        """Whether there may be a policy to ask; cheaper than the object that it would be asked about."""
+        found = configurations(self._store, "validatingadmissionpolicies")
+        matches = (policy["spec"].get("matchConstraints") or {} for policy in found)
+        return any(meant(m.get("resourceRules") or (), asked) and placed(m, asked, self._store) for m in matches)
 
     def check(self, asked: Asked) -> list[str]:
         """Warnings. Raises ApiError where a policy denies the write."""
@@ -91,6 +104,13 @@ class Policies:
                         raise ApiError(_CODES[reason], reason, forbidden(key, asked.name, text).message)
                     warnings.append(f"Validation failed for {text}")
         return warnings
+
+    def check_deletion(
+        self, user: User, resource: Resource, old: Obj, options: Obj | None = None, *, dry_run: bool = False
+    ) -> list[str]:
+        """As `check`, of an object that somebody wants to delete."""
+        asked = Asked(user, "DELETE", resource, "", None, old, dry_run, options)
+        return self.check(asked) if self.concern(asked) else []
 
     def _meant(self, policy: Obj, asked: Asked) -> bool:
         match = policy["spec"].get("matchConstraints") or {}
@@ -153,11 +173,16 @@ class Policies:
             "object": asked.new,
             "oldObject": asked.old,
             "request": asked.request(""),
+            "namespaceObject": self._namespace(asked),
             "params": params,
             "authorizer": {},
             "variables": {},
         }
         return variables, dict(FUNCTIONS) | _authorizer(self._authorizer, asked.user)
+
+    def _namespace(self, asked: Asked) -> Obj | None:
+        entry = self._store.get("namespaces", "", asked.namespace) if asked.namespace else None
+        return entry.obj if entry else None
 
 
 def _run(text: str, variables: Mapping[str, Any], functions: dict[str, Callable[..., Any]]) -> Any:
@@ -180,8 +205,7 @@ def _authorizer(authorizer: Authorizer, user: User) -> dict[str, Callable[..., A
     def add(key: str) -> Callable[[Obj, str], Obj]:
         return lambda question, value: question | {key: value}
 
-    members = ("group", "resource", "subresource", "namespace", "name")
-    functions: dict[str, Callable[..., Any]] = {key: add(key) for key in members}
+    functions: dict[str, Callable[..., Any]] = {key: add(key) for key in _MEMBERS}
     return functions | {
         "check": add("verb"),
         "allowed": lambda question: authorizer.allows(user, Attributes(**question)),

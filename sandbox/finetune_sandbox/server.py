@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import logging
 import math
@@ -41,7 +42,7 @@ from finetune_sandbox.logs import LogSource
 from finetune_sandbox.policies import Policies
 from finetune_sandbox.registry import Call, DeleteOptions, Registry
 from finetune_sandbox.requests import Route, parse_path, wants_table
-from finetune_sandbox.resources import Kinds
+from finetune_sandbox.resources import Kinds, Resource
 from finetune_sandbox.reviews import Reviews
 from finetune_sandbox.store import Entry, Store, dump
 from finetune_sandbox.subresources import Subresources
@@ -104,7 +105,7 @@ class ApiServer:
         write_private(directory / "apiserver.key", pair.key)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(directory / "apiserver.crt", directory / "apiserver.key")
-        collector = Collector(self.registry, authority.certificate.decode())
+        collector = Collector(self.registry, self.policies, authority.certificate.decode())
         for resource, namespace, obj in DEFAULTS:
             self.registry.create(self.kinds.by_key[resource], namespace, json.loads(dump(obj)))
         self._tasks.append(asyncio.create_task(collector.run(), name="collector"))
@@ -169,12 +170,17 @@ class ApiServer:
         if verb == "list":
             return answer_bytes(self.lister.answer(resource, route, query, request.headers.get("Accept", "")))
         if route.sub and route.sub != "status":
+            if verb == "create":
+                self._admit_part(resource, route, body, call, user)
             done = self.subresources.serve(request, resource, route, body, query, call)
             return await self._stream(done) if route.sub == "log" else await done
         if route.sub == "status" and not resource.status:
             raise path_not_found()
         if verb in ("create", "update", "patch"):
             await self._admit(request, verb, resource, route, body, call, user)
+        if verb == "delete" and (old := self.store.get(resource.key, route.namespace, route.name)):
+            given = self._options(body, request)
+            call.warnings += self.policies.check_deletion(user, resource, old.obj, given, dry_run=call.dry_run)
         code, result = self._object(request, verb, resource, route, body, call, user)
         return self._shown(request, resource, result, code, call)
 
@@ -198,6 +204,19 @@ class ApiServer:
         assert isinstance(made, Entry)
         asked = replace(asked, new=made.copy(), old=old.copy() if old else None)
         call.warnings += [*self.policies.check(asked), *await self.webhooks.check(asked)]
+
+    def _admit_part(self, resource: Resource, route: Route, body: Any, call: Call, user: User) -> None:
+        """Asks policies about a binding, an eviction or a token. Raises ApiError where one of them denies it."""
+        if not isinstance(body, dict):
+            return
+        sent = copy.deepcopy(body)
+        sent["metadata"] = {"name": route.name, "namespace": route.namespace} | (sent.get("metadata") or {})
+        asked = Asked(user, "CREATE", resource, route.sub, sent, None, call.dry_run)
+        if self.policies.concern(asked):
+            call.warnings += self.policies.check(asked)
+
+    def _options(self, body: Any, request: web.BaseRequest) -> Obj:
+        return {"apiVersion": "meta.k8s.io/v1", "kind": "DeleteOptions"} | dict(_delete_body(body, request.query))
 
     def _object(
         self, request: web.BaseRequest, verb: str, resource: Any, route: Route, body: Any, call: Call, user: User
@@ -236,7 +255,12 @@ class ApiServer:
                 return 200, entry
             case "deletecollection":
                 options = DeleteOptions.parse(_delete_body(body, request.query))
-                return 200, self.lister.delete_collection(resource, route, dict(request.query), options, call)
+                given = self._options(body, request)
+
+                def admit(entry: Entry) -> None:
+                    self.policies.check_deletion(user, resource, entry.obj, given, dry_run=call.dry_run)
+
+                return 200, self.lister.delete_collection(resource, route, dict(request.query), options, call, admit)
         raise method_not_allowed()
 
     def _shown(

@@ -18,14 +18,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from finetune_sandbox import identities
 from finetune_sandbox.binder import Binder
-from finetune_sandbox.client import Client
+from finetune_sandbox.client import Client, Resource
 from finetune_sandbox.controlplane import ControlPlane, assets_from_environment
 from finetune_sandbox.jobs import JobController
 from finetune_sandbox.logformat import configure_logging
@@ -109,17 +110,30 @@ class Sandbox:
                 self._stack.push_async_callback(self.s3.stop)
         self.client = await self._stack.enter_async_context(await Client.from_kubeconfig(self.kubeconfig))
         if server:
-            jobs = JobController(self.client)
+            jobs = JobController(await self._acting_as(identities.JOB_CONTROLLER.name))
             jobs.start()
             self._stack.push_async_callback(jobs.close)
             server.log_source = NodeLogs(self.client)
         if self._wants_node:
-            binder = Binder(self.client)
+            kubelet = identities.node(NODE_NAME)
+            await self._grant(f"sandbox:node:{NODE_NAME}", identities.NODE_RULES, kubelet.name)
+            binder = Binder(await self._acting_as(identities.SCHEDULER.name))
             binder.start()
             self._stack.push_async_callback(binder.close)
             folder = self._directory / "node"
-            node = Node(self.client, NODE_NAME, folder, self._resources, **self._node_options)
+            own = await self._acting_as(kubelet.name, identities.NODES)
+            node = Node(own, NODE_NAME, folder, self._resources, **self._node_options)
             self.node = await self._stack.enter_async_context(node)
+
+    async def _acting_as(self, name: str, group: str = "") -> Client:
+        """A client by another name: admission policies tell Kubernetes' own programs from administrators."""
+        return await self._stack.enter_async_context(self.client.acting_as(name, group))
+
+    async def _grant(self, name: str, rules: Sequence[Mapping[str, Any]], user: str) -> None:
+        for key, _, body in identities.grant(name, rules, {"kind": "User", "name": user}):
+            plural, _, group = key.partition(".")
+            resource = Resource(f"/apis/{group}/v1", plural, "", namespaced=False)
+            await self.client.create(resource, None, body)
 
     async def _start_control_plane(self) -> ApiServer | None:
         """Sets `kubeconfig`; the server where it is the sandbox's own."""

@@ -15,7 +15,7 @@ from typing import Any
 import aiohttp
 
 from finetune_sandbox.errors import ApiError, Cause, Obj, not_supported, required
-from finetune_sandbox.gate import Asked, check_rules, configurations, meant, selected
+from finetune_sandbox.gate import Asked, check_rules, configurations, meant, placed, selected
 from finetune_sandbox.store import Store
 
 _FAILURES = ("Fail", "Ignore")
@@ -32,7 +32,7 @@ def validate(configuration: Obj, old: Obj | None) -> list[Cause]:
     for i, webhook in enumerate(configuration.get("webhooks") or ()):
         path = f"webhooks[{i}]"
         found += [required(f"{path}.{key}") for key in ("name", "clientConfig", "sideEffects") if not webhook.get(key)]
-        found += check_rules(webhook.get("rules"), f"{path}.rules")
+        found += check_rules(webhook.get("rules"), f"{path}.rules", ("CREATE", "UPDATE"))
         if webhook["failurePolicy"] not in _FAILURES:
             found.append(not_supported(f"{path}.failurePolicy", webhook["failurePolicy"], _FAILURES))
         if webhook.get("matchConditions"):
@@ -44,16 +44,20 @@ class Webhooks:
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    def _concerned(self, asked: Asked) -> list[Obj]:
+    def _meant(self, asked: Asked) -> list[Obj]:
         return [
             webhook
             for configuration in configurations(self._store, "validatingwebhookconfigurations")
             for webhook in configuration.get("webhooks") or ()
-            if meant(webhook.get("rules") or (), asked) and selected(webhook, asked, self._store)
+            if meant(webhook.get("rules") or (), asked)
         ]
 
+    def _concerned(self, asked: Asked) -> list[Obj]:
+        return [webhook for webhook in self._meant(asked) if selected(webhook, asked, self._store)]
+
     def concern(self, asked: Asked) -> bool:
-        return bool(self._concerned(asked))
+        """Whether there may be a webhook to ask: what the object will be labelled is not known yet."""
+        return any(placed(webhook, asked, self._store) for webhook in self._meant(asked))
 
     async def check(self, asked: Asked) -> list[str]:
         """Warnings. Raises ApiError where a webhook denies the write, or cannot be asked and must be."""

@@ -9,6 +9,7 @@ import kubernetes_validate
 import pytest
 from helm_python.errors import HelmError
 
+from finetune_operator.settings import PREFIX, Settings
 from support.charting import CHART, RELEASE, ROOT, of_kind, render, rules_of
 
 ANYTHING = {
@@ -21,6 +22,7 @@ ANYTHING = {
         "imagePullSecrets": [{"name": "pull"}],
         "serviceAccount": {"annotations": {"a": "b"}},
     },
+    "accounts": {"admission": {"policies": {"serviceAccounts": ["tuner", "irsa"], "controllers": []}}},
     "profile": {"defaultProfile": {"create": True, "name": "default", "spec": {"image": "trainer@sha256:0"}}},
     "issuer": {"certificates": {"source": "CertManager", "issuerRef": {"name": "corp", "kind": "ClusterIssuer"}}},
     "ports": {"progress": {"port": 9001}, "admission": {"webhook": {"port": 9002}}, "metrics": {"port": 9003}},
@@ -155,15 +157,44 @@ def test_named_namespaces_get_bindings_of_their_own() -> None:
     assert {b["metadata"]["namespace"] for b in bindings} == {"team-a", "team-b"}
     cluster = [b["roleRef"]["name"] for b in of_kind(manifests, "ClusterRoleBinding")]
     assert cluster == ["ft-certificates", "ft-global"]
-    for where in (*webhooks(manifests)[:1], *(b["spec"]["matchResources"] for b in bound(manifests))):
+    for where in (*webhooks(manifests)[:1], *bound(manifests)):
         (term,) = where["namespaceSelector"]["matchExpressions"]
-        assert (term["key"], term["values"]) == ("kubernetes.io/metadata.name", ["team-a", "team-b"])
-    assert "namespaceSelector" not in webhooks(render())[0]
-    assert all("matchResources" not in b["spec"] for b in bound(render()))
+        name, values = "kubernetes.io/metadata.name", ["team-a", "team-b"]
+        assert term == {"key": name, "operator": "In", "values": values}
+
+
+def test_system_namespaces_and_the_releases_own_have_no_jobs() -> None:
+    system = ["kube-system", "kube-public", "kube-node-lease"]
+    for values, excluded in (
+        ({}, [*system, "finetune-system"]),
+        ({"excludeNamespaces": ["ops"]}, ["ops", "finetune-system"]),
+    ):
+        manifests = render(values)
+        for where in (*webhooks(manifests)[:1], *bound(manifests)):
+            (term,) = where["namespaceSelector"]["matchExpressions"]
+            assert term == {"key": "kubernetes.io/metadata.name", "operator": "NotIn", "values": excluded}
+        assert settings_of(manifests).excluded_namespaces == tuple(excluded)
+    own = render({"watchNamespaces": ["finetune-system"]})
+    assert settings_of(own).excluded_namespaces == tuple(system)
+    with pytest.raises(HelmError, match="found kube-public in both"):
+        render({"watchNamespaces": ["kube-public"]})
 
 
 def bound(manifests: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return of_kind(manifests, "ValidatingAdmissionPolicyBinding")
+    """Where policies hold, but for those on the operator's own account, which hold everywhere."""
+    found = {b["metadata"]["name"]: b["spec"] for b in of_kind(manifests, "ValidatingAdmissionPolicyBinding")}
+    assert {name for name, spec in found.items() if "matchResources" not in spec} == {
+        "ft-operator",
+        "ft-operator-accounts",
+        "ft-operator-jobs",
+    }
+    return [spec["matchResources"] for spec in found.values() if "matchResources" in spec]
+
+
+def settings_of(manifests: list[dict[str, Any]]) -> Settings:
+    (deployment,) = of_kind(manifests, "Deployment")
+    env = deployment["spec"]["template"]["spec"]["containers"][0]["env"]
+    return Settings.from_environment({entry["name"]: entry.get("value", "pod-a") for entry in env})
 
 
 def test_every_pod_is_restricted() -> None:
@@ -179,8 +210,6 @@ def test_every_pod_is_restricted() -> None:
 
 
 def test_the_settings_are_the_operators() -> None:
-    from finetune_operator.settings import PREFIX, Settings
-
     (deployment,) = of_kind(render({"watchNamespaces": ["team-a", "team-b"]}), "Deployment")
     env = deployment["spec"]["template"]["spec"]["containers"][0]["env"]
     settings = Settings.from_environment({entry["name"]: entry.get("value", "pod-a") for entry in env})

@@ -24,6 +24,7 @@ from support.waiting import eventually
 from support.world import make_profile
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
+POLICIES = "validatingadmissionpolicies"
 RIGHTS = [
     {"apiGroups": ["finetune.dev"], "resources": ["finetunejobs"], "verbs": ["create", "get", "patch", "delete"]},
     {"apiGroups": ["finetune.dev"], "resources": ["finetunejobs/status"], "verbs": ["patch"]},
@@ -151,9 +152,11 @@ async def test_policies_alone_hold_authors_to_what_is_theirs(tenancy: Tenancy) -
 async def test_the_policies_are_of_the_types_that_the_crds_have(cluster: Any, tenancy: Tenancy) -> None:
     if cluster.name != "kubernetes":
         pytest.skip("the sandbox checks no types: it runs the expressions")
-    async with policies(tenancy) as release:
-        for name in (f"{release}-authors", f"{release}-status"):
-            path = f"{admitting.REGISTRATION}/validatingadmissionpolicies/{name}"
+    async with policies(tenancy):
+        found = [p["metadata"]["name"] for p in await tenancy.api.items(f"{admitting.REGISTRATION}/{POLICIES}")]
+        assert len(found) >= 6
+        for name in found:
+            path = f"{admitting.REGISTRATION}/{POLICIES}/{name}"
             checked = await eventually(
                 partial(tenancy.api.get, path), "types", until=lambda a: "typeChecking" in (a.body.get("status") or {})
             )

@@ -1,5 +1,7 @@
 """Budgets and turns of tenants, before a real API server: the operator as a process, and what it writes."""
 
+from dataclasses import replace
+
 import pytest
 
 from finetune_api.failures import TerminationMessage
@@ -107,3 +109,23 @@ async def test_a_gang_in_a_queue_says_what_kueue_says(scene: Scene) -> None:
         await scene.run("j-0")
         status = await scene.reaches("Running")
         assert status["attempts"][0]["startTime"]
+
+
+async def test_jobs_of_an_excluded_namespace_are_left_alone(scene: Scene) -> None:
+    other = replace(scene, namespace=f"{scene.namespace}-system")
+    (await scene.api.create("/api/v1/namespaces", {"metadata": {"name": other.namespace}})).must(201)
+    try:
+        await other.submit("before")
+        names = {"NAMESPACES": f"{scene.namespace} {other.namespace}", "EXCLUDED_NAMESPACES": other.namespace}
+        await scene.operator.start(**names, RESYNC_SECONDS="1")
+        await scene.submit("first")
+        await scene.reaches("Preparing", "first")
+        await other.submit("after")
+        # Later than its own: what it makes of this one it would have made of those by then.
+        await scene.submit("second")
+        await scene.reaches("Preparing", "second")
+        assert [await other.status(name) for name in ("before", "after")] == [{}, {}]
+        assert await other.jobs() == []
+        assert not [write for write in scene.proxy.writes if other.namespace in write]
+    finally:
+        await scene.api.delete(f"/api/v1/namespaces/{other.namespace}")

@@ -66,10 +66,12 @@ async def registered(api: Api, manifests: list[Object]) -> AsyncIterator[None]:
             await api.delete(f"{path}/{manifest['metadata']['name']}")
 
 
-def policies(namespace: str) -> tuple[str, list[Object]]:
-    """The chart's policies for jobs of one namespace, where the operator runs too; and the operator's account."""
+def policies(namespace: str, system: str | None = None, **values: Any) -> tuple[str, list[Object]]:
+    """The chart's policies for jobs of one namespace, where the operator runs too or in `system`; and the operator's
+    account. `values` are those of admission.policies."""
     release = f"ft-{secrets.token_hex(4)}"
-    manifests = render({"watchNamespaces": [namespace]}, release, namespace)
+    given = {"watchNamespaces": [namespace], "admission": {"policies": values}}
+    manifests = render(given, release, system or namespace)
     found = of_kind(manifests, "ValidatingAdmissionPolicy") + of_kind(manifests, "ValidatingAdmissionPolicyBinding")
     return release, found
 

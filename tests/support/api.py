@@ -80,10 +80,17 @@ class Api:
         content_type: str = "application/json",
         accept: str = "application/json",
         token: str | None = None,
+        acting: str | None = None,
+        group: str | None = None,
         **params: Any,
     ) -> Answer:
-        """One request; `body` is sent as JSON, `data` as it is; `token` instead of the kubeconfig's credentials."""
+        """One request; `body` is sent as JSON, `data` as it is; `token` instead of the kubeconfig's credentials;
+        `acting`: as this user, of this group."""
         headers = {**self._headers, "Accept": accept}
+        if acting is not None:
+            headers["Impersonate-User"] = acting
+        if group is not None:
+            headers["Impersonate-Group"] = group
         if token is not None:
             headers["Authorization"] = f"Bearer {token}"
         if body is not None:

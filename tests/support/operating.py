@@ -63,8 +63,10 @@ class Proxy:
                 await runner.cleanup()
 
     async def forward(self, request: web.BaseRequest) -> web.StreamResponse:
-        hop = {"host", "authorization", "content-length", "transfer-encoding", "connection"}
+        # A compressed answer would be handed on without saying so: a real API server compresses long ones.
+        hop = {"host", "authorization", "content-length", "transfer-encoding", "connection", "accept-encoding"}
         headers = {k: v for k, v in request.headers.items() if k.lower() not in hop} | self.headers
+        headers["Accept-Encoding"] = "identity"
         url = self.host + request.path_qs
         async with self.session.request(
             request.method, url, headers=headers, data=await request.read() or None

@@ -156,6 +156,9 @@ class Town:
     async def list_profiles(self) -> list[Object]:
         return self._of("FineTuneProfile")
 
+    async def list_names(self, namespaces: tuple[str, ...]) -> set[tuple[str, str]]:
+        return {(one["metadata"]["namespace"], one["metadata"]["name"]) for one in self._of("FineTuneJob")}
+
     async def list_all(self, kind: str, namespaces: tuple[str, ...]) -> AsyncIterator[Object]:
         for one in self._of(kind):
             yield one

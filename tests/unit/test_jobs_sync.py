@@ -309,3 +309,9 @@ def test_pods_are_made_as_the_job_controller_makes_them() -> None:
     assert pod["metadata"]["ownerReferences"][0]["controller"] is True
     assert pod["spec"]["containers"][0]["env"][0]["name"] == "JOB_COMPLETION_INDEX"
     assert "env" not in job["spec"]["template"]["spec"]["containers"][0]
+
+
+def test_seconds_without_end_are_no_error() -> None:
+    world = World(activeDeadlineSeconds=2**53, ttlSecondsAfterFinished=2**53).settle().run()
+    assert not world.deleted
+    assert "FailureTarget" not in [c["type"] for c in world.job["status"].get("conditions", ())]

@@ -94,6 +94,7 @@ Allowed = tuple[str, ...]
 """Kinds whose collection the request may be for."""
 CALLS: dict[str, list[tuple[Allowed, Call]]] = {
     "get": [((kind,), lambda c, n, k=kind: c.get(k, n if KINDS[k].namespaced else None, n)) for kind in KINDS],
+    "get_whole": [(("Job",), lambda c, n: c.get_whole("Job", n, n))],
     "list_children": [((kind,), lambda c, n, k=kind: c.list_children(k, n, n)) for kind in ("Job", "Pod", "ConfigMap")],
     "list_labelled": [(("Pod",), lambda c, n: c.list_labelled("Pod", n, f"finetune.dev/network-test={n}"))],
     "list_profiles": [(("FineTuneProfile",), lambda c, n: c.list_profiles())],

@@ -45,13 +45,55 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end }}
 {{- end -}}
 
-{{- /* Only the namespaces that this release watches, where it does not watch all. */ -}}
+{{- /* Only the namespaces that this release serves. */ -}}
 {{- define "finetune.namespaceSelector" -}}
-{{- with .Values.watchNamespaces }}
+{{- if .Values.watchNamespaces }}
 namespaceSelector:
   matchExpressions:
-    - {key: kubernetes.io/metadata.name, operator: In, values: {{ toJson . }}}
+    - {key: kubernetes.io/metadata.name, operator: In, values: {{ toJson .Values.watchNamespaces }}}
+{{- else }}
+namespaceSelector:
+  matchExpressions:
+    - {key: kubernetes.io/metadata.name, operator: NotIn, values: {{ include "finetune.excluded" . }}}
 {{- end }}
+{{- end -}}
+
+{{- /* Namespaces in which there are no jobs, as JSON: the system's, and the operator's own unless it is named. */ -}}
+{{- define "finetune.excluded" -}}
+{{- range .Values.excludeNamespaces }}
+{{- if has . $.Values.watchNamespaces }}
+{{- fail (printf "watchNamespaces and excludeNamespaces: found %s in both; a namespace is in one of them" .) }}
+{{- end }}
+{{- end }}
+{{- $own := ternary (list) (list .Release.Namespace) (has .Release.Namespace .Values.watchNamespaces) }}
+{{- concat .Values.excludeNamespaces $own | uniq | toJson }}
+{{- end -}}
+
+{{- /* The operator's name for the API server. */ -}}
+{{- define "finetune.account" -}}
+system:serviceaccount:{{ .Release.Namespace }}:{{ include "finetune.name" . }}
+{{- end -}}
+
+{{- /* Not empty where there are policies. */ -}}
+{{- define "finetune.policies" -}}
+{{- if and .Values.admission.policies.enabled (semverCompare ">=1.30.0-0" .Capabilities.KubeVersion.Version) }}true{{ end -}}
+{{- end -}}
+
+{{- /* The binding of one policy: its release's context, the policy's name, and "everywhere" where it holds in every namespace. */ -}}
+{{- define "finetune.policyBinding" -}}
+{{- $root := index . 0 }}
+{{- $name := printf "%s-%s" (include "finetune.name" $root) (index . 1) }}
+apiVersion: admissionregistration.k8s.io/v1
+kind: ValidatingAdmissionPolicyBinding
+metadata:
+  name: {{ $name }}
+  labels: {{- include "finetune.labels" $root | nindent 4 }}
+spec:
+  policyName: {{ $name }}
+  validationActions: [Deny]
+  {{- if eq (len .) 2 }}
+  matchResources: {{- include "finetune.namespaceSelector" $root | nindent 4 }}
+  {{- end }}
 {{- end -}}
 
 {{- /* How Prometheus reads metrics over TLS: by the pod's address, with the certificate's name. */ -}}
