@@ -15,13 +15,16 @@ def event(name: str, level: str = "info", **fields: Any) -> None:
     if sys.stdout.isatty():
         words = " ".join(f"{key}={value}" for key, value in fields.items())
         line = f"{name} {words}".rstrip() if level == "info" else f"{level}: {name} {words}".rstrip()
+        # What a user wrote must not look like a line of ours, nor move the cursor.
+        line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
     else:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         head: dict[str, Any] = {"time": now, "level": level, "event": name}
         if rank is not None:
             head["rank"] = int(rank)
         line = json.dumps(head | fields, default=str, ensure_ascii=False)
-    sys.stdout.write(line + "\n")
+    # Half of a surrogate pair is an escape in JSON, and no character.
+    sys.stdout.write(line.encode(errors="backslashreplace").decode() + "\n")
     sys.stdout.flush()
 
 
