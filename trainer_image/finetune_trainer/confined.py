@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from finetune_api.failures import FineTuneError, Reason, TerminationMessage
+from finetune_trainer import log
 from finetune_trainer.outcome import failure_of, one_line
 
 LANES = ("encode", "main")
@@ -30,8 +31,8 @@ own code, the other one mostly bounded code of ours."""
 MIB = 2**20
 _NOTE, _WHAT, _ADVICE = 4096, 700, 150
 """Bytes of one lane's note, and characters of its texts."""
-_SHARE = 0.9
-"""Part of the pod's memory that the child may take."""
+_SHARE, _STACKS = 0.9, 512 * MIB
+"""Part of the pod's memory that the child may take; and the stacks of its threads, which are mapped but not used."""
 _POLL = 0.1
 _PR_SET_PDEATHSIG = 1
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -162,7 +163,7 @@ def fault(reason: Reason, what: str, error: BaseException, advice: str = "") -> 
             raise error
         soft = _board.soft
         return _of_memory(notes, _board.limit, lambda note: soft - note.mapped)
-    traceback.print_exception(error)
+    log.event("a library failed", level="warning", traceback="".join(traceback.format_exception(error))[-4000:])
     return FineTuneError(reason, one_line(f"{what}: {said(error)}{_tail(advice)}"))
 
 
@@ -248,7 +249,7 @@ def _child(work: Callable[[], TerminationMessage], board: _Board, writing: int, 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
         _board = board
-        board.hard = board.soft = _look()[0] + board.limit
+        board.hard = board.soft = _look()[0] + board.limit + _STACKS
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_DATA, (board.hard, board.hard))
         try:
