@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
 from pydantic import (
@@ -85,12 +86,12 @@ class ApiModel(BaseModel):
         """`null` is as good as nothing, as for the API server, which prunes it before it fills in defaults."""
         if not isinstance(data, dict):
             return data
-        known = {name for field, info in cls.model_fields.items() for name in (field, info.alias)}
+        known = _members(cls)
         return {key: value for key, value in data.items() if value is not None or key not in known}
 
     @model_validator(mode="after")
     def _hold_rules(self) -> Self:
-        for rule in type(self).all_rules():
+        for rule in _rules(type(self)):
             if not rule.check(self):
                 raise ValueError(rule.message)
         return self
@@ -113,6 +114,17 @@ class ApiModel(BaseModel):
     def to_json(self) -> dict[str, Any]:
         """The JSON object in API form: camelCase, absent instead of null."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+@cache
+def _members(model: type[ApiModel]) -> frozenset[str | None]:
+    """The names of its fields, in both spellings."""
+    return frozenset(name for field, info in model.model_fields.items() for name in (field, info.alias))
+
+
+@cache
+def _rules(model: type[ApiModel]) -> tuple[Rule, ...]:
+    return model.all_rules()
 
 
 def _member_rule(member: str, union: Mapping[str, str]) -> Rule:

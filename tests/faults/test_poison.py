@@ -76,14 +76,13 @@ def test_nothing_leaves_the_object_that_says_it(
         nonlocal seen
         seen += 1
         town = Town(wrecked(stage, made), wrecked(neighbour, []))
-        operator = loop.run_until_complete(lived_through(town, tmp_path))
+        operator, told = loop.run_until_complete(lived_through(town, tmp_path))
         for where, namespace, name, error in operator.errors:
             assert isinstance(error, READING), f"{where} {namespace}/{name}: {error!r}"
             assert not isinstance(error, AssertionError)
             assert (namespace, name) != ("honest", "bot"), f"{where}: {error!r}"
         status = town.objects["FineTuneJob", "honest", "bot"]["status"]
         assert status["state"] == "Running"
-        told = operator.scraped()
         assert 'finetune_operator_job_step{job_name="bot",job_namespace="honest"} 7.0' in told
         assert 'finetune_operator_budget_gpu_hours{job_namespace="honest",profile="honest"} 1000.0' in told
         assert "honest/honest" in town.settled

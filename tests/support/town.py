@@ -3,7 +3,6 @@
 The operator's own controller works on it, without a network: its looks at everything, its watches' handlers, its queue.
 """
 
-import asyncio
 import copy
 import json
 import time
@@ -282,15 +281,14 @@ class Operator:
         return generate_latest(self.controller.metrics.registry).decode()
 
 
-async def lived_through(town: Town, folder: Path) -> Operator:
-    """The operator after everything that it does with a town; raises what left its object."""
+async def lived_through(town: Town, folder: Path) -> tuple[Operator, str]:
+    """The operator after all that it does with a town, and what Prometheus was told. Raises what left its object."""
     operator = Operator(town, folder)
     await operator.hear()
     await operator.work()
     await operator.look()
     await operator.work()
-    operator.scraped()
+    told = operator.scraped()
     await operator.forget()
-    await operator.look()
-    await asyncio.sleep(0)
-    return operator
+    await operator.work()
+    return operator, told
