@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from finetune_api import API_VERSION
 from finetune_operator.accept import Subject
+from finetune_operator.clock import utc_now as utc_now
 from finetune_operator.cluster import FIELD_MANAGER, ApiError, Cluster, Object
 from finetune_operator.kueue import told
 from finetune_operator.manifests import Context, child_name
@@ -48,11 +49,6 @@ class Result(NamedTuple):
     """None: there is no such job."""
     job: Object | None = None
     """The FineTuneJob as it is now, by what was read and written: for this version of it everything is decided."""
-
-
-def utc_now() -> datetime.datetime:
-    """Whole seconds: the API server keeps no fractions, and what was read back must compare equal."""
-    return datetime.datetime.now(datetime.UTC).replace(microsecond=0)
 
 
 async def reconcile(
