@@ -20,6 +20,7 @@ from kubernetes.aio.config.incluster_config import load_incluster_config
 from kubernetes.aio.config.kube_config import load_kube_config
 from yarl import URL
 
+from finetune_operator import clock
 from finetune_operator.errors import ApiError, TooLarge
 from finetune_operator.essentials import Change, Data, Object, change_reader, whole
 from finetune_operator.paths import plural_of
@@ -166,8 +167,10 @@ class Connection:
         # The client's own part: bearer tokens that are refreshed from their file, client certificates, proxies.
         await self._client.update_params_for_auth(headers, [], ["BearerToken"], path, method, body)
         # As it is: names are quoted, and whoever normalises the path again could unquote them.
+        asked = clock.local_now()
         sent = await self._client.call_api(method, URL(url, encoded=True), headers, body, _request_timeout=timeout)
         response: aiohttp.ClientResponse = sent.response
+        clock.heard(response.headers.get("Date"), asked, clock.local_now())
         try:
             yield response
         finally:

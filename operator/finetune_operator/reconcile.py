@@ -12,6 +12,7 @@ from finetune_api import API_VERSION
 from finetune_api.jobstatus import FineTuneJobStatus
 from finetune_operator.accept import MANAGER, Subject
 from finetune_operator.attempts import made
+from finetune_operator.clock import utc_now as utc_now
 from finetune_operator.cluster import FIELD_MANAGER, ApiError, Cluster, Object
 from finetune_operator.kueue import Queue, admitted, told
 from finetune_operator.manifests import Context
@@ -53,11 +54,6 @@ class Result(NamedTuple):
     """None: there is no such job."""
     job: Object | None = None
     """The FineTuneJob as it is now, by what was read and written: for this version of it everything is decided."""
-
-
-def utc_now() -> datetime.datetime:
-    """Whole seconds: the API server keeps no fractions, and what was read back must compare equal."""
-    return datetime.datetime.now(datetime.UTC).replace(microsecond=0)
 
 
 async def reconcile(

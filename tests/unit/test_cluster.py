@@ -10,6 +10,7 @@ from kubernetes.aio.client.configuration import Configuration
 
 from finetune_operator import cluster, connection
 from finetune_operator.cluster import ApiError, KubeCluster
+from finetune_operator.essentials import Page, page_reader
 
 
 class Server:
@@ -235,6 +236,22 @@ async def test_of_large_objects_fewer_are_asked_for(served: Served, sizes: list[
     assert all(set(item) <= {"metadata", "spec"} and not item.get("spec") for item in found)
     # Few requests for small ones, and not many that are thrown away for large ones.
     assert len(pages.sent) <= 20 + 2 * sum(size > 100_000 for size in sizes)
+
+
+async def test_no_part_of_a_list_is_larger_than_allowed(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr(cluster, "page_reader", lambda kind: noting(page_reader(kind), sizes))
+    client = await served(Pages(*[1_200_000] * 30))
+    await client.list_children("Job", "n", "j")
+    assert max(sizes) <= cluster.PAGE_BYTES
+
+
+def noting(read: Callable[[Any], Page], sizes: list[int]) -> Callable[[Any], Page]:
+    def noted(data: Any) -> Page:
+        sizes.append(len(data))
+        return read(data)
+
+    return noted
 
 
 async def test_one_job_has_no_more_children_than_can_be_held(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
