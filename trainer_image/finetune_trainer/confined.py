@@ -7,6 +7,7 @@ killed it, in one sentence for the person who can act.
 
 import contextlib
 import ctypes
+import gc
 import json
 import mmap
 import os
@@ -33,7 +34,7 @@ _NOTE, _WHAT, _ADVICE = 4096, 700, 150
 """Bytes of one lane's note, and characters of its texts."""
 _SHARE, _STACKS = 0.9, 512 * MIB
 """Part of the pod's memory that the child may take; and the stacks of its threads, which are mapped but not used."""
-_POLL = 0.1
+_POLL = 0.25
 _PR_SET_PDEATHSIG = 1
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -249,6 +250,8 @@ def _child(work: Callable[[], TerminationMessage], board: _Board, writing: int, 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
         _board = board
+        # A collection would go through all that was there before, and with that copy its pages.
+        gc.freeze()
         board.hard = board.soft = _look()[0] + board.limit + _STACKS
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_DATA, (board.hard, board.hard))
