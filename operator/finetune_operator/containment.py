@@ -83,6 +83,11 @@ class Containment:
         if not known:
             extra = {"namespace": namespace, "job": name}
             logger.error(
-                "%s: left out, and all else goes on: %s: %s", where, place_of(error), error, exc_info=error, extra=extra
+                "%s failed on this object, and all others go on: %s: %s",
+                where,
+                place_of(error),
+                error,
+                exc_info=error,
+                extra=extra,
             )
         return not known
