@@ -274,6 +274,8 @@ class Controller:
             await asyncio.sleep(0)  # A page of jobs may be a second's work: watches and reports go on meanwhile.
         for key in missing:
             self.metrics.jobs.forget(key)
+            self._jobs.forget(key)
+            self._children.forget(key)
         self.metrics.looked_at_all()
         self._call_next()
         # At the first look statuses may tell of what was long ago: then nothing is counted.
