@@ -327,6 +327,8 @@ class Controller:
         for key in missing:
             with self._contained.about("metrics", *key):
                 self.metrics.jobs.forget(key)
+            self._jobs.forget(key)
+            self._children.forget(key)
         self.metrics.looked_at_all()
         self._call_next()
         # At the first look statuses may tell of what was long ago: then nothing is counted.

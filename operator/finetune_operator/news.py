@@ -73,6 +73,9 @@ class ChildNews:
     def __init__(self) -> None:
         self._known: dict[Key, dict[str, int]] = {}
 
+    def __len__(self) -> int:
+        return sum(map(len, self._known.values()))
+
     def heard(self, raw: Object, facts: Facts, *, gone: bool = False) -> bool:
         """Is it work?"""
         meta = raw["metadata"]

@@ -14,7 +14,7 @@ from support.operating import Scene
 
 MOST_MIB = 400
 """Peak of the operator's memory in any flood."""
-PATIENCE = 60.0
+PATIENCE = 120.0
 """Seconds until the first status of an honest job; a busy machine, not the operator, may need many of them."""
 LABELS = {"app.kubernetes.io/managed-by": "finetune-operator", "finetune.dev/attempt": "0"}
 AT_ONCE = 6

@@ -236,3 +236,27 @@ async def test_annotations_that_somebody_changed_keep_nobody_from_being_read() -
     observed = census.of("job-uid", "team-a", "support-bot", world.status)
     assert [(child.attempt, child.queue) for child in observed.jobs] == [(0, None)]
     assert [pod.index for pod in observed.pods] == [None]
+
+
+def test_what_is_known_of_children_goes_with_their_job() -> None:
+    """However many anybody has labelled so."""
+    news = ChildNews()
+
+    def pod(number: int) -> Object:
+        labels = {"finetune.dev/job-name": "j", "finetune.dev/attempt": "0"}
+        meta = {
+            "uid": f"u{number}",
+            "name": "p",
+            "namespace": "n",
+            "labels": labels,
+            "creationTimestamp": "2026-01-01T00:00:00Z",
+        }
+        return {"metadata": meta}
+
+    for number in range(100):
+        news.heard(pod(number), pod_facts(pod(number)))
+    assert len(news) == 100
+    news.heard(pod(0), pod_facts(pod(0), gone=True), gone=True)
+    assert len(news) == 99
+    news.forget(("n", "j"))
+    assert len(news) == 0
