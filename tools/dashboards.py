@@ -12,7 +12,7 @@ SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 TENANT = 'job_namespace=~"$tenant"'
 LABELS = ("job_namespace", "job_name", "state", "reason", "outcome", "phase", "direction", "result", "kind", "verb")
 """In the order in which a legend names them."""
-FURTHER = ("resource", "code", "instance", "profile", "version")
+FURTHER = ("resource", "code", "instance", "profile", "version", "where")
 Row = dict[str, Any]
 
 

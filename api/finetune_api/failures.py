@@ -7,12 +7,12 @@ lie between those of Python and argparse (1, 2) and those of shells and signals 
 import json
 import math
 from enum import StrEnum
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from finetune_api.figures import foremost
-from finetune_api.model import ApiModel, S3Uri, Sha256, ShortText
+from finetune_api.model import ApiModel, Figures, S3Uri, Sha256, ShortText
 from finetune_api.run import PreparedSummary
 
 
@@ -42,6 +42,8 @@ class Reason(StrEnum):
     NODE_LOST = "NodeLost"
     GATE_NOT_MET = "GateNotMet"
     MAX_ATTEMPTS_REACHED = "MaxAttemptsReached"
+    INTERNAL_ERROR = "InternalError"
+    """The operator itself fails on this job. It is not the job's end: it goes on when the cause is gone."""
 
 
 LIMIT = 4096
@@ -79,6 +81,7 @@ OUTCOMES: dict[Reason, Outcome] = {
     Reason.HUNG: "Retryable",
     Reason.STORAGE_UNAVAILABLE: "Retryable",
     Reason.OUT_OF_MEMORY: "Retryable",
+    Reason.INTERNAL_ERROR: "Retryable",
 }
 """The outcome of an attempt by its reason; a reason that is not named here is Permanent."""
 
@@ -98,8 +101,13 @@ class TrainingResult(ApiModel):
     uri: S3Uri
     manifest_sha256: Annotated[Sha256, Field(alias="manifestSHA256")]
     size_bytes: Annotated[int, Field(ge=0)]
-    metrics: dict[str, float] = {}
+    metrics: Figures = {}
     """Final figures by name; `evalLoss` after training, `evalLossBefore` before it."""
+
+
+def _encodable(text: Any) -> Any:
+    """Errors quote what they were given, and a lone surrogate is text that nothing can write."""
+    return text.encode(errors="replace").decode() if isinstance(text, str) else text
 
 
 class TerminationMessage(ApiModel):
@@ -111,7 +119,7 @@ class TerminationMessage(ApiModel):
     model_config = ApiModel.model_config | {"extra": "ignore"}
     reason: Reason | None = None
     """None where the program did what it was asked to."""
-    message: Annotated[str, Field(max_length=2048)] = ""
+    message: Annotated[str, BeforeValidator(_encodable), Field(max_length=2048)] = ""
     rank: int | None = None
     """The global rank that failed first."""
     exit_code: int = 0

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from finetune_api.model import ApiModel, Sha256, ShortText
+from finetune_api.model import ApiModel, Figures, Sha256, ShortText
 
 MANIFEST_KEY = "manifest.json"
 
@@ -33,7 +33,7 @@ class RunInfo(ApiModel):
     """Over the sorted (key, sha256 or ETag) of its files."""
     datasets_sha256: dict[str, Sha256]
     image: str | None = None
-    metrics: dict[str, float] = {}
+    metrics: Figures = {}
 
 
 class Manifest(ApiModel):

@@ -34,7 +34,8 @@ class Term(NamedTuple):
 
 def memory(shape: ModelShape, request: Request, device: Device, placement: Placement) -> int:
     """Estimated peak bytes of one rank."""
-    return sum(term.bytes for term in terms(shape, request, device, placement))
+    # A shape may contradict itself: more linear weights than weights.
+    return max(0, sum(term.bytes for term in terms(shape, request, device, placement)))
 
 
 def terms(shape: ModelShape, request: Request, device: Device, placement: Placement) -> list[Term]:

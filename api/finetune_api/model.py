@@ -1,14 +1,18 @@
 """The base of every type: frozen, camelCase in JSON, strict about unknown fields, with rules that say why."""
 
+import math
 import re
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     Strict,
     StringConstraints,
@@ -19,6 +23,8 @@ from pydantic.alias_generators import to_camel
 from pydantic.config import JsonDict
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core.core_schema import CoreSchema
+
+from finetune_api.bounds import MOST, bound, shown
 
 Path = tuple[str | int, ...]
 
@@ -59,7 +65,12 @@ class ApiModel(BaseModel):
     """
 
     model_config = ConfigDict(
-        alias_generator=to_camel, populate_by_name=True, extra="forbid", frozen=True, use_attribute_docstrings=True
+        alias_generator=to_camel,
+        populate_by_name=True,
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
     )
     rules: ClassVar[tuple[Rule, ...]] = ()
     union: ClassVar[Mapping[str, str]] = {}
@@ -75,15 +86,22 @@ class ApiModel(BaseModel):
         """`null` is as good as nothing, as for the API server, which prunes it before it fills in defaults."""
         if not isinstance(data, dict):
             return data
-        known = {name for field, info in cls.model_fields.items() for name in (field, info.alias)}
+        known = _members(cls)
         return {key: value for key, value in data.items() if value is not None or key not in known}
 
     @model_validator(mode="after")
     def _hold_rules(self) -> Self:
-        for rule in type(self).all_rules():
+        for rule in _rules(type(self)):
             if not rule.check(self):
                 raise ValueError(rule.message)
         return self
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: type[Any], handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Whole numbers of at most 2^53 and times of some centuries, in every field of every model."""
+        schema = handler(source)
+        bound(handler.resolve_ref_schema(schema))
+        return schema
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
@@ -96,6 +114,17 @@ class ApiModel(BaseModel):
     def to_json(self) -> dict[str, Any]:
         """The JSON object in API form: camelCase, absent instead of null."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+@cache
+def _members(model: type[ApiModel]) -> frozenset[str | None]:
+    """The names of its fields, in both spellings."""
+    return frozenset(name for field, info in model.model_fields.items() for name in (field, info.alias))
+
+
+@cache
+def _rules(model: type[ApiModel]) -> tuple[Rule, ...]:
+    return model.all_rules()
 
 
 def _member_rule(member: str, union: Mapping[str, str]) -> Rule:
@@ -123,7 +152,7 @@ def _sentence(kind: str, message: str, found: Any) -> str:
         return "is required"
     text = message.removeprefix("Value error, ")
     if isinstance(found, str | int | float | bool):
-        return f"found {found!r}; {text[0].lower()}{text[1:]}"
+        return f"found {shown(found)}; {text[0].lower()}{text[1:]}"
     return text
 
 
@@ -208,10 +237,31 @@ Subdomain = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-.a-z0-9]*[a-z
 """An RFC 1123 subdomain: the name of a Secret, a ServiceAccount, a profile."""
 Flag = Annotated[bool, Strict()]
 """The API server takes no `"yes"` for a boolean."""
+Figures = Annotated[
+    dict[str, float],
+    BeforeValidator(lambda told: _finite(told) if isinstance(told, dict) else told),
+]
+"""Figures by name, without those that are infinite or no number: JSON has no word for them."""
 ShortText = Annotated[str, StringConstraints(max_length=253)]
 LongText = Annotated[str, StringConstraints(max_length=4096)]
-Quantity = Annotated[str, StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$", max_length=32)]
-"""A Kubernetes quantity, always written as a string."""
+
+
+def _finite(told: dict[Any, Any]) -> dict[Any, Any]:
+    return {name: value for name, value in told.items() if not isinstance(value, float) or math.isfinite(value)}
+
+
+def _bounded_quantity(text: str) -> str:
+    if quantity(text) > MOST:
+        raise ValueError("it must be at most 8Pi")
+    return text
+
+
+Quantity = Annotated[
+    str,
+    StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$", max_length=32),
+    AfterValidator(_bounded_quantity),
+]
+"""A Kubernetes quantity of at most 2^53, always written as a string."""
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 _UNITS = {"m": 1e-3, "": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15} | {

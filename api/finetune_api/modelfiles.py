@@ -7,8 +7,12 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
+from pydantic import ValidationError
+
+from finetune_api.bounds import MOST, shown
 from finetune_api.configkeys import check_config
 from finetune_api.failures import FineTuneError, Reason
+from finetune_api.model import problems_of
 from finetune_api.shape import ModelShape
 from finetune_api.tuning import Tuning
 
@@ -23,7 +27,11 @@ FIELDS = {
     "heads": ("num_attention_heads", "n_head", "num_heads"),
     "key_value_heads": ("num_key_value_heads",),
 }
+WIDEST = 2**31 - 1
+"""The largest number of config.json that is taken: torch counts dimensions in 64 bits, and multiplies them."""
 _MLP = ("intermediate_size", "n_inner", "ffn_dim")
+MAX_DIMENSIONS = 64
+"""Of a tensor: torch's own limit."""
 _NOT_LINEAR = re.compile(r"(^|[._])(embed\w*|wte|wpe|lm_head|embed_out|output|\w*norm\w*|ln_\w+|rotary\w*)$")
 _LAYER = re.compile(r"^(.*?\.(?:layers|h|blocks)\.\d+)\.")
 
@@ -67,10 +75,19 @@ def number(config: Mapping[str, Any], field: str, uri: str, default: int | None 
     name = next((name for name in FIELDS[field] if name in config), None)
     if name is None and default is not None:
         return default
-    value = config.get(name) if name else None
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise invalid(f"{uri}: `{name or FIELDS[field][0]}` must be a whole number of at least 1; found {value!r}")
+    return _positive(config.get(name) if name else None, name or FIELDS[field][0], uri)
+
+
+def _positive(value: Any, name: str, uri: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= WIDEST:
+        raise invalid(f"{uri}: `{name}` must be a whole number of 1 to {WIDEST:,}; found {shown(value)}")
     return value
+
+
+def _optional(config: Mapping[str, Any], names: tuple[str, ...], uri: str) -> int | None:
+    """The first of these fields that is a number; some families write a list or null there."""
+    name = next((name for name in names if isinstance(config.get(name), int)), None)
+    return None if name is None else _positive(config[name], name, uri)
 
 
 def parse_header(data: bytes, size: int, uri: str) -> dict[str, Tensor]:
@@ -83,7 +100,8 @@ def parse_header(data: bytes, size: int, uri: str) -> dict[str, Tensor]:
         try:
             dtype, shape, (start, end) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
             tensor = Tensor(dtype, shape)
-            wrong = not all(isinstance(n, int) and n >= 0 for n in (*shape, start, end))
+            wrong = not all(isinstance(n, int) and 0 <= n <= MOST for n in (*shape, start, end))
+            wrong = wrong or len(shape) > MAX_DIMENSIONS or tensor.size > MOST
             wrong = wrong or (dtype in DTYPES and end - start != tensor.size * DTYPES[dtype])
         except (KeyError, TypeError, ValueError):
             wrong = True
@@ -166,21 +184,24 @@ def model_shape(config: Mapping[str, Any], tensors: Mapping[str, Tensor], tuning
     dtype = max(by_dtype, key=lambda key: by_dtype[key])
     if dtype not in _NAMES:
         raise invalid(f"{uri}: found weights of type {dtype}; BF16, F16 and F32 are supported")
-    return ModelShape(
-        architecture=architecture,
-        parameters=sum(tensor.size for tensor in tensors.values()),
-        hidden_size=hidden,
-        intermediate_size=next((int(config[name]) for name in _MLP if isinstance(config.get(name), int)), 0),
-        layers=layers,
-        vocab_size=vocab,
-        linear_parameters=sum(tensor.size for tensor in linears.values()),
-        **targets(linears, tuning, architecture),
-        block_parameters=sum(count for name, count in by_layer.items() if name not in tensors) // layers,
-        key_value_size=_key_value_size(config, hidden, uri),
-        largest_layer_parameters=max(by_layer.values()),
-        max_positions=number(config, "max_positions", uri, default=2**31 - 1),
-        dtype=_NAMES[dtype],
-    )
+    try:
+        return ModelShape(
+            architecture=architecture,
+            parameters=sum(tensor.size for tensor in tensors.values()),
+            hidden_size=hidden,
+            intermediate_size=_optional(config, _MLP, uri) or 0,
+            layers=layers,
+            vocab_size=vocab,
+            linear_parameters=sum(tensor.size for tensor in linears.values()),
+            **targets(linears, tuning, architecture),
+            block_parameters=sum(count for name, count in by_layer.items() if name not in tensors) // layers,
+            key_value_size=_key_value_size(config, hidden, uri),
+            largest_layer_parameters=max(by_layer.values()),
+            max_positions=number(config, "max_positions", uri, default=WIDEST),
+            dtype=_NAMES[dtype],
+        )
+    except ValidationError as error:
+        raise invalid(f"{uri}: the model's files describe no model: {problems_of(error)[0]}") from error
 
 
 def llama_tensors(hidden: int, layers: int, intermediate: int, vocab: int, key_value: int) -> dict[str, Tensor]:
@@ -202,8 +223,8 @@ def llama_tensors(hidden: int, layers: int, intermediate: int, vocab: int, key_v
 
 def _key_value_size(config: Mapping[str, Any], hidden: int, uri: str) -> int:
     heads = number(config, "heads", uri, default=1)
-    width = config.get("head_dim")
-    return (width if isinstance(width, int) else hidden // heads) * number(config, "key_value_heads", uri, heads)
+    width = _optional(config, ("head_dim",), uri) or hidden // heads
+    return width * number(config, "key_value_heads", uri, heads)
 
 
 def _json_object(data: bytes, uri: str, what: str = "it") -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
+from finetune_api.bounds import MOST
 from finetune_api.model import NO_TRAVERSAL, ApiModel, Flag, Label, Quantity, Rule, ShortText, Subdomain, no_traversal
 from finetune_api.run import StorageConfig
 
@@ -141,7 +142,7 @@ class Egress(ApiModel):
 class Budget(ApiModel):
     """GPU-hours of each namespace, from a gang's start to its end; of CPU processes where there is no accelerator."""
 
-    gpu_hours: Annotated[float, Field(gt=0)]
+    gpu_hours: Annotated[float, Field(gt=0, le=MOST)]
     period: Literal["Day", "Week", "Month"] = "Month"
     """Of the calendar, in UTC; weeks begin on Monday."""
 

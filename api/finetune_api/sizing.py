@@ -5,6 +5,7 @@ from typing import Annotated, NamedTuple
 
 from pydantic import Field
 
+from finetune_api.bounds import MOST
 from finetune_api.memory import Placement, Term, memory, terms
 from finetune_api.model import ApiModel
 from finetune_api.shape import Count, Device, ModelShape, Offload, Request, Strategy, trainable_parameters
@@ -68,7 +69,7 @@ class Sizing(ApiModel):
     offload: Offload = "None"
     memory_per_gpu: Annotated[Count, Field(alias="memoryPerGPU")]
     """Estimated peak bytes of one rank."""
-    estimated_gpu_hours: Annotated[float | None, Field(alias="estimatedGPUHours", ge=0)] = None
+    estimated_gpu_hours: Annotated[float | None, Field(alias="estimatedGPUHours", ge=0, le=MOST)] = None
 
 
 class Other(NamedTuple):
@@ -163,7 +164,7 @@ def gpu_hours(shape: ModelShape, tuning: Tuning, tokens: int, tflops: float, rec
     al. 2020, with T = P), and recomputation the forward pass once more; attention's own share is left out.
     """
     flops = (4 + 2 * recomputed) * shape.parameters + 2 * trainable_parameters(shape, tuning)
-    return tokens * flops / (tflops * 1e12) / 3600
+    return min(tokens * flops / (tflops * 1e12) / 3600, MOST)
 
 
 def _micro_batches(request: Request) -> list[int]:

@@ -69,7 +69,10 @@ def run(command: click.Command, name: str, arguments: list[str] | None) -> int:
         result: Any = command.main(args=arguments, prog_name=name, standalone_mode=False)
         return result if isinstance(result, int) else Exit.COMPLETE
     except CliError as error:
-        click.echo(f"error: {error}", err=True)
+        from finetune_api.printable import printable
+
+        # Its own lines stay; what they quote of others adds none that moves the cursor.
+        click.echo("\n".join(map(printable, f"error: {error}".split("\n"))), err=True)
         return error.code
     except click.ClickException as error:
         error.show()

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from finetune_api.printable import printable
+
 Object = Mapping[str, Any]
 FINISHED = ("Complete", "Failed")
 DEFAULT = "(default)"
@@ -43,7 +45,7 @@ class Snapshot:
                 parts.append(f"ETA {duration(self.eta)}")
         if self.message and (self.step is None or self.state in FINISHED):
             parts.append(self.message)
-        return "  ".join(parts)
+        return printable("  ".join(parts))
 
 
 def status(job: Object) -> Object:
@@ -115,7 +117,7 @@ def moment(text: str) -> datetime:
 
 def table(rows: Iterable[Sequence[Any]]) -> list[str]:
     """Columns as wide as their widest cell, three spaces apart, as kubectl prints them."""
-    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    cells = [["" if cell is None else printable(str(cell)) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))] if cells else []
     return ["   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
 
@@ -199,7 +201,7 @@ def result(job: Object) -> list[str]:
     lines = [f"{name} is complete after {tries}"] if ended else []
     if ended == "Failed":
         why = condition(job, "Failed") or {}
-        lines = [f"{name} failed after {tries}: {why.get('reason')}: {why.get('message')}"]
+        lines = [printable(f"{name} failed after {tries}: {why.get('reason')}: {why.get('message')}")]
         if not published:
             return lines
         lines += ["what it published is kept:"]

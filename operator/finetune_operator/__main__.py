@@ -2,58 +2,24 @@
 
 import asyncio
 import gc
-import json
 import logging
 import os
+import resource
 import sys
 import warnings
-from datetime import UTC, datetime
 
 import kopf
 from pydantic import ValidationError
 
 from finetune_api.model import problems_of
+from finetune_api.printable import printable
 from finetune_operator.controller import Controller
 from finetune_operator.handlers import registry
+from finetune_operator.logformat import JsonFormatter, PlainFormatter
 from finetune_operator.settings import PREFIX, Settings, operator_version
 
 logger = logging.getLogger("finetune_operator")
-
-
-class JsonFormatter(logging.Formatter):
-    """One object for each line, with the namespace and name of the job that it is about."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        line: dict[str, object] = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-            **_subject(record),
-        }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
-
-
-class PlainFormatter(logging.Formatter):
-    """For a person at a terminal."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        subject = "/".join(_subject(record).values())
-        text = f"{self.formatTime(record, '%H:%M:%S')} {record.levelname.lower():7} "
-        text += f"{subject}: {record.getMessage()}" if subject else record.getMessage()
-        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
-
-
-def _subject(record: logging.LogRecord) -> dict[str, str]:
-    """Ours name it in `extra`, kopf's in `k8s_ref`."""
-    ref = getattr(record, "k8s_ref", {})
-    found = {
-        "namespace": getattr(record, "namespace", None) or ref.get("namespace"),
-        "name": getattr(record, "job", None) or ref.get("name"),
-    }
-    return {key: value for key, value in found.items() if value}
+MAX_FILES = 16384
 
 
 def configure_logging(settings: Settings) -> None:
@@ -61,13 +27,14 @@ def configure_logging(settings: Settings) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(PlainFormatter() if plain else JsonFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    # Warnings quote what they are about.
+    logging.captureWarnings(True)
     logger.setLevel(settings.log_level)
 
 
 async def operate(settings: Settings) -> None:
     """Runs until a signal comes or a part fails."""
     controller = Controller(settings)
-    port, host = settings.liveness_port, settings.liveness_host
     logger.info("finetune-operator %s serves %s", operator_version(), " ".join(settings.namespaces) or "all namespaces")
     try:
         await kopf.operator(
@@ -75,7 +42,6 @@ async def operate(settings: Settings) -> None:
             standalone=True,
             clusterwide=not settings.namespaces,
             namespaces=settings.namespaces,
-            liveness_endpoint=f"http://{host}:{port}/healthz" if port else None,
             stop_flag=controller.over,
         )
     except Exception:
@@ -83,17 +49,22 @@ async def operate(settings: Settings) -> None:
         if controller.failure is None:
             raise
     if controller.failure:
-        raise SystemExit(controller.failure)
+        raise SystemExit(printable(controller.failure))
 
 
 def main() -> None:
     try:
         settings = Settings.from_environment(os.environ)
     except ValidationError as error:
-        text = "; ".join(f"{PREFIX}{str(p.path[0]).upper()}: {p.message}" for p in problems_of(error))
+        text = "; ".join(
+            f"{PREFIX}{str(p.path[0]).upper()}: {p.message}" if p.path else p.message for p in problems_of(error)
+        )
         raise SystemExit(text) from None
     configure_logging(settings)
     warnings.filterwarnings("ignore", category=FutureWarning, module="kopf")
+    # Strangers may hold a thousand connections on each of the servers.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(MAX_FILES, most), most))
     # What was imported stays: the collector need not go through it again and again.
     gc.freeze()
     try:

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from finetune_api.bounds import parse_time
 from finetune_api.defaults import with_defaults
 from finetune_api.failures import Reason
 from finetune_api.job import FineTuneJob, parse
@@ -56,10 +57,10 @@ class Subject:
             uid=meta["uid"],
             generation=meta.get("generation", 0),
             resource_version=meta["resourceVersion"],
-            created=datetime.datetime.fromisoformat(meta["creationTimestamp"]),
+            created=parse_time(meta["creationTimestamp"]),
             deleting="deletionTimestamp" in meta,
             foreign=policy.get("managedBy", MANAGER) != MANAGER,
-            ttl_seconds=ttl if isinstance(ttl, int) else None,
+            ttl_seconds=ttl if isinstance(ttl, int) and 0 <= ttl < 2**31 else None,
             status=FineTuneJobStatus.model_validate(raw.get("status") or {}),
             job=_read_spec(raw),
         )

@@ -4,6 +4,7 @@ import datetime
 from collections.abc import Sequence
 
 from finetune_api import budget as budgets
+from finetune_api.bounds import later
 from finetune_api.budget import HOUR, Account, told
 from finetune_api.failures import Reason
 from finetune_api.jobstatus import Attempt, FineTuneJobStatus
@@ -45,7 +46,7 @@ def go_on(situation: Situation, profile: FineTuneProfile | None, attempt: Attemp
         text = f"{_whose(situation, profile)}: {found}"
         return _suspended(situation, Decision("Suspended", text), text, found)
     left = (found.allowed - found.spent) * HOUR / attempt.gpus
-    return situation.now + datetime.timedelta(seconds=max(1.0, left))
+    return later(situation.now, max(1.0, left))
 
 
 def _suspended(situation: Situation, known: Decision, text: str, found: Account) -> Step:

@@ -1,27 +1,33 @@
-"""`python -m finetune_operator.certificates`: keeps the certificate of the operator's servers in a Secret.
+"""`python -m finetune_operator.certificates`: keeps what the operator's servers are known by, in Secrets.
 
-The chart runs it as a Job of its own when it is installed and upgraded, and once a day. It alone may touch that Secret
-and the webhook's caBundle: the operator has no right on either.
+That is their certificate and the webhook's unguessable paths. The chart runs it as a Job of its own when it is
+installed and upgraded, and then by the hour. It alone may touch those Secrets and the webhook's configuration: the
+operator has no right on either.
 """
 
 import argparse
 import asyncio
 import base64
+import copy
 import datetime
 import logging
+import secrets
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from finetune_operator import tls
+from finetune_operator import tls, webhook_paths
 from finetune_operator.cluster import ApiError, KubeCluster, load_configuration
+from finetune_operator.logformat import PlainFormatter
 
 logger = logging.getLogger("finetune_operator.certificates")
 Object = dict[str, Any]
+PATHS_FILE = "paths.json"
 FILES = ("tls.crt", "tls.key", "ca.crt", "ca.key")
 TRIES = 5
 MAX_AUTHORITIES = 4
@@ -60,58 +66,109 @@ def bundle(current: bytes, known: bytes, now: datetime.datetime) -> bytes:
     return b"".join(one.public_bytes(serialization.Encoding.PEM) for one in found[:MAX_AUTHORITIES])
 
 
-async def keep(
-    cluster: Secrets, namespace: str, secret: str, hosts: Sequence[str], webhook: str | None, now: datetime.datetime
-) -> list[str]:
+@dataclass(frozen=True)
+class Kept:
+    """The names of what is kept; None: that is somebody else's, or does not exist."""
+
+    namespace: str
+    certificate: str | None
+    """The Secret of the certificate, which is for `hosts`."""
+    hosts: Sequence[str]
+    paths: str | None
+    """The Secret of the webhook's paths."""
+    webhook: str | None
+    """The ValidatingWebhookConfiguration."""
+
+
+async def keep(cluster: Secrets, kept: Kept, now: datetime.datetime) -> list[str]:
     """What was changed. Raises ApiError, tls.TlsError; ApiError's status is 409 where somebody else wrote meanwhile.
 
-    The webhook trusts a new authority before any server can show a certificate of it.
+    The webhook trusts a new authority before any server can show a certificate of it, and servers answer to a new path
+    before the webhook has it.
     """
-    found = await cluster.get("Secret", namespace, secret)
-    data = {key: base64.b64decode(value) for key, value in ((found or {}).get("data") or {}).items()}
-    wanted = renewed(data, hosts, now)
-    changed = []
-    if webhook is not None and await _trust(cluster, webhook, wanted["ca.crt"], now):
-        changed.append(f"ValidatingWebhookConfiguration {webhook}")
-    if wanted != data:
-        encoded = {key: base64.b64encode(value).decode() for key, value in wanted.items()}
-        if found is None:
-            meta = {
-                "name": secret,
-                "namespace": namespace,
-                "labels": {"app.kubernetes.io/part-of": "finetune-operator"},
-            }
-            made = {"apiVersion": "v1", "kind": "Secret", "metadata": meta, "type": "kubernetes.io/tls"}
-            await cluster.create(made | {"data": encoded})
-        else:
-            await cluster.replace(found | {"apiVersion": "v1", "kind": "Secret", "data": encoded})
-        changed.append(f"Secret {namespace}/{secret}")
+    configuration = await _configuration(cluster, kept.webhook) if kept.webhook else None
+    authority = b""
+    changed: list[str] = []
+    if kept.certificate:
+        found = await cluster.get("Secret", kept.namespace, kept.certificate)
+        certificate = renewed(_data(found), kept.hosts, now)
+        authority = certificate["ca.crt"]
+    path = await _keep_paths(cluster, kept, configuration, now, changed) if kept.paths and configuration else None
+    if configuration and _configure(configuration, authority, path, now):
+        await cluster.replace(configuration)
+        changed.append(f"ValidatingWebhookConfiguration {kept.webhook}")
+    if kept.certificate and await _store(cluster, kept.namespace, kept.certificate, found, certificate):
+        changed.append(f"Secret {kept.namespace}/{kept.certificate}")
     return changed
 
 
-async def _trust(cluster: Secrets, name: str, ca: bytes, now: datetime.datetime) -> bool:
+async def _configuration(cluster: Secrets, name: str) -> Object:
     configuration = await cluster.get("ValidatingWebhookConfiguration", None, name)
     if configuration is None:
         raise ApiError(404, "NotFound", f"ValidatingWebhookConfiguration {name} does not exist")
-    changed = False
+    return configuration
+
+
+async def _keep_paths(
+    cluster: Secrets, kept: Kept, configuration: Object, now: datetime.datetime, changed: list[str]
+) -> str:
+    """The path that the webhook is to have: the operator's pods answer to it by now, or do not run yet."""
+    assert kept.paths
+    found = await cluster.get("Secret", kept.namespace, kept.paths)
+    clients = [webhook["clientConfig"] for webhook in configuration.get("webhooks") or ()]
+    configured = next((client.get("service", {}).get("path") for client in clients), None)
+    try:
+        known = webhook_paths.parse(_data(found).get(PATHS_FILE, b"[]"))
+    except webhook_paths.BadPaths:
+        known = []
+    entries, path = webhook_paths.rotated(known, configured, now, _new_path)
+    if await _store(cluster, kept.namespace, kept.paths, found, {PATHS_FILE: webhook_paths.render(entries)}):
+        changed.append(f"Secret {kept.namespace}/{kept.paths}")
+    return path
+
+
+def _new_path() -> str:
+    return webhook_paths.PREFIX + secrets.token_hex(32)
+
+
+def _data(secret: Object | None) -> dict[str, bytes]:
+    return {key: base64.b64decode(value) for key, value in ((secret or {}).get("data") or {}).items()}
+
+
+async def _store(cluster: Secrets, namespace: str, name: str, found: Object | None, data: dict[str, bytes]) -> bool:
+    """Whether something had to be written."""
+    if data == _data(found):
+        return False
+    encoded = {key: base64.b64encode(value).decode() for key, value in data.items()}
+    if found is None:
+        meta = {"name": name, "namespace": namespace, "labels": {"app.kubernetes.io/part-of": "finetune-operator"}}
+        kind = "kubernetes.io/tls" if "tls.crt" in data else "Opaque"
+        await cluster.create({"apiVersion": "v1", "kind": "Secret", "metadata": meta, "type": kind, "data": encoded})
+    else:
+        await cluster.replace(found | {"apiVersion": "v1", "kind": "Secret", "data": encoded})
+    return True
+
+
+def _configure(configuration: Object, authority: bytes, path: str | None, now: datetime.datetime) -> bool:
+    """Puts the authority and the path into the configuration. Returns whether that changes it."""
+    before = copy.deepcopy(configuration)
     for webhook in configuration.get("webhooks") or ():
         client = webhook["clientConfig"]
-        text = base64.b64encode(bundle(ca, base64.b64decode(client.get("caBundle") or ""), now)).decode()
-        changed |= client.get("caBundle") != text
-        client["caBundle"] = text
-    if changed:
-        await cluster.replace(configuration)
-    return changed
+        if authority:
+            trusted = bundle(authority, base64.b64decode(client.get("caBundle") or ""), now)
+            client["caBundle"] = base64.b64encode(trusted).decode()
+        if path and "service" in client:
+            client["service"]["path"] = path
+    return configuration != before
 
 
-async def run(namespace: str, secret: str, hosts: Sequence[str], webhook: str | None) -> None:
+async def run(kept: Kept) -> None:
     """Raises ApiError, tls.TlsError."""
     cluster = KubeCluster(await load_configuration())
     try:
         for attempt in range(1, TRIES + 1):
             try:
-                now = datetime.datetime.now(datetime.UTC)
-                changed = await keep(cluster, namespace, secret, hosts, webhook, now)
+                changed = await keep(cluster, kept, datetime.datetime.now(datetime.UTC))
             except ApiError as error:
                 # Another run of this program, or a webhook that the same release is still creating.
                 if error.status not in (404, 409) or attempt == TRIES:
@@ -125,18 +182,30 @@ async def run(namespace: str, secret: str, hosts: Sequence[str], webhook: str | 
         await cluster.close()
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def arguments_of(given: Sequence[str] | None) -> Kept:
     parser = argparse.ArgumentParser(prog="python -m finetune_operator.certificates", description=__doc__)
-    parser.add_argument("--secret", required=True, metavar="NAMESPACE/NAME")
-    parser.add_argument("--host", required=True, action="append", help="a name that clients use; give all of them")
-    parser.add_argument("--webhook", help="the ValidatingWebhookConfiguration that is to trust the authority")
-    given = parser.parse_args(arguments)
-    namespace, _, name = given.secret.partition("/")
-    if not namespace or not name:
-        parser.error(f"--secret: found {given.secret!r}; it must be NAMESPACE/NAME")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    parser.add_argument("--namespace", required=True, help="the namespace of the Secrets")
+    parser.add_argument("--certificate", metavar="SECRET", help="the Secret of the certificate")
+    parser.add_argument("--host", action="append", default=[], help="a name that clients use; give all of them")
+    parser.add_argument("--webhook", help="the ValidatingWebhookConfiguration")
+    parser.add_argument("--paths", metavar="SECRET", help="the Secret of the webhook's paths")
+    found = parser.parse_args(given)
+    if found.certificate and not found.host:
+        parser.error("--certificate: found no --host; give the names that the certificate is for")
+    if found.paths and not found.webhook:
+        parser.error("--paths: found no --webhook; name the configuration that is to have the path")
+    if not found.certificate and not found.paths:
+        parser.error("nothing to keep: give --certificate, --paths, or both")
+    return Kept(found.namespace, found.certificate, found.host, found.paths, found.webhook)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    kept = arguments_of(arguments)
+    handler = logging.StreamHandler()
+    handler.setFormatter(PlainFormatter())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     try:
-        asyncio.run(run(namespace, name, given.host, given.webhook))
+        asyncio.run(run(kept))
     except (ApiError, tls.TlsError) as error:
         raise SystemExit(str(error)) from None
 

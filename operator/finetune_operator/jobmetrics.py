@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector
 
 from finetune_api.budget import Account
 from finetune_api.failures import Reason, outcome_of
+from finetune_operator.containment import Containment
 from finetune_operator.ledger import STARTUP, Entry, Ledger, Survey
 from finetune_operator.sight import FINISHED, OTHER, STATES, Key, Object, moved, read
 
@@ -56,6 +57,7 @@ class JobMetrics(Collector):
         self._clock = clock
         self.accounts: Callable[[], Iterable[tuple[str, str, Account]]] = tuple
         """Profile, namespace and its account, of each that has spent something of a budget."""
+        self.contained = Containment()
         self._ledger = Ledger(clock()) if ledger is None else ledger
         self._startup = Histogram(
             PREFIX + "startup_seconds",
@@ -99,7 +101,8 @@ class JobMetrics(Collector):
         yield from self._counts(survey)
         yield from self._sums()
         yield from _figures(survey)
-        yield from _budgets(self.accounts())
+        with self.contained.about("metrics", "", "budgets"):
+            yield from _budgets(self.accounts())
 
     def _counts(self, survey: Survey) -> Iterable[Metric]:
         jobs = GaugeMetricFamily(PREFIX + "jobs", "FineTuneJobs by state and reason.", labels=["state", "reason"])

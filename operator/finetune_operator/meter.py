@@ -5,12 +5,12 @@ deleted changes what was spent.
 """
 
 import datetime
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from pydantic import ValidationError
 
+from finetune_api.bounds import MOST
 from finetune_api.budget import HOUR, current
 from finetune_api.jobstatus import Attempt, FineTuneJobStatus
 from finetune_api.profile import Budget, FineTuneProfile, Usage
@@ -59,31 +59,47 @@ def run_of(key: Key, attempt: Attempt) -> Run | None:
 
 def expected(status: FineTuneJobStatus) -> float | None:
     """GPU-hours that a running attempt takes still: by its own pace, else by the estimate; None: nobody knows."""
-    last, trainer = status.attempts[-1], status.trainer_status
-    if trainer and trainer.attempt == last.number and trainer.estimated_remaining_seconds is not None:
+    last, trainer = status.attempts[-1] if status.attempts else None, status.trainer_status
+    if last and trainer and trainer.attempt == last.number and trainer.estimated_remaining_seconds is not None:
         return trainer.estimated_remaining_seconds * (last.gpus or 0) / HOUR
     return status.sizing.estimated_gpu_hours if status.sizing else None
+
+
+def by_namespace(known: Iterable[str], spans: Iterable[Run]) -> dict[str, list[Run]]:
+    """The runs of each namespace that is known or has some."""
+    found: dict[str, list[Run]] = {namespace: [] for namespace in known}
+    for run in spans:
+        found.setdefault(run.key[0], []).append(run)
+    return found
 
 
 def count(
     known: Mapping[str, Usage], budget: Budget, spans: Iterable[Run], now: datetime.datetime
 ) -> dict[str, Usage | None]:
     """What has changed of a profile's status.usage; None: it is of an earlier period, and goes."""
-    by_namespace: dict[str, list[Run]] = defaultdict(list)
-    for run in spans:
-        by_namespace[run.key[0]].append(run)
-    changed: dict[str, Usage | None] = {}
-    for namespace in known.keys() | by_namespace.keys():
-        before = current(known.get(namespace), budget, now)
-        own = by_namespace[namespace]
-        added = sum(run.seconds(before.until, now) for run in own)
-        left = round(HOUR * sum(run.expected for run in own))
-        if added or left != before.expected_gpu_seconds:
-            spent = before.gpu_seconds + added
-            changed[namespace] = Usage(since=before.since, until=now, gpu_seconds=spent, expected_gpu_seconds=left)
-        elif namespace in known and known[namespace].since != before.since:
-            changed[namespace] = None
-    return changed
+    changed = ((name, change(known.get(name), budget, own, now)) for name, own in by_namespace(known, spans).items())
+    return {name: usage for name, (new, usage) in changed if new}
+
+
+def change(
+    known: Usage | None, budget: Budget, own: Sequence[Run], now: datetime.datetime
+) -> tuple[bool, Usage | None]:
+    """True where a namespace's usage has changed, and what it is then (None: nothing).
+
+    A figure that the API server would not take is MOST: the budget is spent long before.
+    """
+    before = current(known, budget, now)
+    added = sum(run.seconds(before.until, now) for run in own)
+    left = min(MOST, round(HOUR * sum(run.expected for run in own)))
+    if added or left != before.expected_gpu_seconds:
+        spent = min(MOST, before.gpu_seconds + added)
+        return True, Usage(since=before.since, until=now, gpu_seconds=spent, expected_gpu_seconds=left)
+    return known is not None and known.since != before.since, None
+
+
+def clamped(usage: Usage | None) -> bool:
+    """True where a figure is as large as a status holds."""
+    return usage is not None and MOST in (usage.gpu_seconds, usage.expected_gpu_seconds)
 
 
 def with_usage(profile: FineTuneProfile, changed: Mapping[str, Usage | None]) -> FineTuneProfile:

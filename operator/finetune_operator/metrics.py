@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from typing import get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -14,6 +15,7 @@ from prometheus_client import (
     ProcessCollector,
 )
 
+from finetune_operator.containment import Where
 from finetune_operator.jobmetrics import PREFIX, JobMetrics
 from finetune_operator.settings import operator_version
 from finetune_operator.sight import OTHER
@@ -75,6 +77,14 @@ class Metrics:
             buckets=_SECONDS,
         )
         self.jobs = JobMetrics(registry, clock)
+        self._internal = Counter(
+            PREFIX + "internal_errors",
+            "Errors of the operator about one object, by where.",
+            ["where"],
+            registry=registry,
+        )
+        for where in get_args(Where):
+            self._internal.labels(where)
         self._reports = Counter(
             PREFIX + "progress_reports", "Progress reports by result.", ["result"], registry=registry
         )
@@ -83,6 +93,18 @@ class Metrics:
         )
         for result in REVIEWED:
             self._reviews.labels(result)
+        self._connections = Counter(
+            PREFIX + "connections",
+            "Connections of the operator's own servers, by what became of them.",
+            ["server", "result"],
+            registry=registry,
+        )
+        self._failed_requests = Counter(
+            PREFIX + "failed_requests",
+            "Requests to the operator's own servers that ended in an error of the operator.",
+            ["server"],
+            registry=registry,
+        )
         self._progress_writes = Counter(
             PREFIX + "progress_writes", "Writes of status.trainerStatus by result.", ["result"], registry=registry
         )
@@ -107,6 +129,10 @@ class Metrics:
         self._reconcile_seconds.observe(seconds)
         if error:
             self._errors.labels(self._words["kind"].word(type(error).__name__)).inc()
+
+    def internal_error(self, where: Where) -> None:
+        """One error that was contained to its object."""
+        self._internal.labels(where).inc()
 
     def api_call(self, verb: str, resource: str, code: int | str, seconds: float) -> None:
         """One request; `code` is the HTTP status, or a word such as `timeout` where there was no answer."""
@@ -137,6 +163,14 @@ class Metrics:
     def review(self, result: str) -> None:
         """One admission review: `allowed`, `denied`, `failed`."""
         self._reviews.labels(result).inc()
+
+    def connection(self, server: str, result: str) -> None:
+        """One connection of a server of ours: `seated`, or `refused`, `evicted`, `late`."""
+        self._connections.labels(server, result).inc()
+
+    def request_failed(self, server: str) -> None:
+        """One request that was answered with 500, or would have been."""
+        self._failed_requests.labels(server).inc()
 
     def progress_write(self, result: str) -> None:
         """One try to write status.trainerStatus: `written`, `failed`, `dropped`."""

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from finetune_api.profile import FineTuneProfile, NetworkStatus
 from finetune_operator import nettest
 from finetune_operator.cluster import ApiError, Object
+from finetune_operator.containment import Containment, named
 from finetune_operator.reconcile import utc_now
 
 logger = logging.getLogger(__name__)
@@ -32,14 +33,16 @@ class NettestCluster(Protocol):
 class NetworkTests:
     """`run` it where one operator acts; the pods of a test run in `namespace`, the operator's own."""
 
-    def __init__(self, cluster: NettestCluster, namespace: str) -> None:
+    def __init__(self, cluster: NettestCluster, namespace: str, contained: Containment | None = None) -> None:
         self._cluster, self._namespace = cluster, namespace
+        self._contained = contained or Containment()
 
     async def run(self) -> None:
         while True:
             try:
                 for raw in await self._cluster.list_profiles():
-                    await self.step(raw, utc_now())
+                    with self._contained.about("network-test", *named(raw)):
+                        await self.step(raw, utc_now())
             except ApiError as error:
                 logger.warning("the test of NetworkPolicies goes on later: %s", error)
             await asyncio.sleep(LOOK_SECONDS)

@@ -8,7 +8,7 @@ import json
 from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
-from finetune_operator.manifests import ATTEMPT_LABEL, PREPARE
+from finetune_operator.manifests import ATTEMPT_LABEL, JOB_LABEL, PREPARE
 from finetune_operator.observe import read_pod
 from finetune_operator.status import pod_trouble
 
@@ -33,6 +33,9 @@ class JobNews:
         self._known: dict[Key, tuple[int, ...]] = {}
         self._working: dict[Key, int | None] = {}
         """Jobs that are being reconciled, and the newest version that was heard of meanwhile."""
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._known or key in self._working
 
     def heard(self, key: Key, version: int) -> bool:
         """A version was seen: is it work? While the job is being reconciled, `done` tells."""
@@ -65,20 +68,26 @@ class JobNews:
 
 
 class ChildNews:
-    """Jobs and pods, by their `facts`."""
+    """Jobs and pods, by their `facts`. Only those of FineTuneJobs that exist are to be told."""
 
     def __init__(self) -> None:
-        self._known: dict[str, int] = {}
+        self._known: dict[Key, dict[str, int]] = {}
 
     def heard(self, raw: Object, facts: Facts, *, gone: bool = False) -> bool:
         """Is it work?"""
-        uid = raw["metadata"]["uid"]
-        before, now = self._known.get(uid, hash(facts.of_new)), hash(facts.now)
+        meta = raw["metadata"]
+        key = meta.get("namespace", ""), (meta.get("labels") or {}).get(JOB_LABEL, "")
+        uid, known = meta["uid"], self._known.setdefault(key, {})
+        before, now = known.get(uid, hash(facts.of_new)), hash(facts.now)
         if gone:
-            self._known.pop(uid, None)
+            known.pop(uid, None)
         else:
-            self._known[uid] = now
+            known[uid] = now
         return before != now
+
+    def forget(self, key: Key) -> None:
+        """The FineTuneJob is gone, and what it had with it."""
+        self._known.pop(key, None)
 
 
 def job_fingerprint(raw: Object) -> int:

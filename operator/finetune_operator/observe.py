@@ -9,6 +9,7 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from finetune_api.bounds import parse_time
 from finetune_api.failures import TerminationMessage
 from finetune_api.jobstatus import FineTuneJobStatus
 from finetune_operator.kueue import Queue
@@ -219,12 +220,12 @@ def read_job(raw: Object) -> Child:
         name=meta["name"],
         uid=meta["uid"],
         attempt=None,
-        created=_time(meta["creationTimestamp"]),
+        created=parse_time(meta["creationTimestamp"]),
         workers=spec.get("completions", 1),
         suspended=bool(spec.get("suspend")),
         deleting="deletionTimestamp" in meta,
         finished="Complete" if complete else "Failed" if failed else None,
-        finished_at=_time(ended["lastTransitionTime"]) if ended and ended.get("lastTransitionTime") else None,
+        finished_at=parse_time(ended["lastTransitionTime"]) if ended and ended.get("lastTransitionTime") else None,
         message=(ended or {}).get("message") or "",
     )
 
@@ -245,15 +246,15 @@ def read_pod(raw: Object) -> Pod:
         owner=controller_uid(raw) or "",
         index=_count(index),
         phase=status.get("phase", "Pending"),
-        created=_time(meta["creationTimestamp"]),
-        deletion=_time(meta["deletionTimestamp"]) if "deletionTimestamp" in meta else None,
+        created=parse_time(meta["creationTimestamp"]),
+        deletion=parse_time(meta["deletionTimestamp"]) if "deletionTimestamp" in meta else None,
         node=(raw.get("spec") or {}).get("nodeName"),
-        started=_time(started) if started else None,
+        started=parse_time(started) if started else None,
         end=_end(ended) if ended else None,
         waiting=(waiting["reason"], waiting.get("message") or "") if waiting and waiting.get("reason") else None,
         unschedulable=scheduled.get("message") or "no node has room for the pod" if refused else None,
         disruption=(disrupted.get("reason") or "", disrupted.get("message") or "") if disrupted else None,
-        bound=_time(bound) if bound else None,
+        bound=parse_time(bound) if bound else None,
         evicted=(status.get("message") or "evicted by its node") if status.get("reason") == "Evicted" else None,
     )
 
@@ -263,7 +264,7 @@ def _end(terminated: Object) -> ContainerEnd:
     return ContainerEnd(
         exit_code=terminated.get("exitCode", 0),
         oom_killed=terminated.get("reason") == "OOMKilled",
-        finished=_time(finished) if finished else None,
+        finished=parse_time(finished) if finished else None,
         text=terminated.get("message") or "",
     )
 
@@ -274,7 +275,3 @@ def _condition(status: Object, kind: str) -> Object | None:
 
 def _count(text: str | None) -> int | None:
     return int(text) if text and text.isascii() and text.isdigit() and len(text) < 16 else None
-
-
-def _time(text: str) -> datetime.datetime:
-    return datetime.datetime.fromisoformat(text)

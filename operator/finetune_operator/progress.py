@@ -10,7 +10,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,16 +20,22 @@ from pydantic import ValidationError
 from finetune_api import API_VERSION
 from finetune_api.model import problems_of
 from finetune_api.progress import ProgressReport, TrainerStatus
+from finetune_operator.buckets import Buckets
+from finetune_operator.byte_budget import ByteBudget
 from finetune_operator.cluster import ApiError
 from finetune_operator.metrics import Metrics
 from finetune_operator.progress_auth import Authenticator, ProgressCluster, Refused, check_pod, current_attempt
-from finetune_operator.progress_state import Buckets, JobKey, ProgressBook
+from finetune_operator.progress_state import JobKey, ProgressBook
 from finetune_operator.progress_writer import ProgressWriter
-from finetune_operator.serving import Listening, TlsServer, TooLarge, bearer, body_of
+from finetune_operator.serving import HttpServer, Listening, TooLarge, TooSlow, bearer, body_of
 
 logger = logging.getLogger(__name__)
 
 MAX_BODY = 64 * 1024
+SMALL_BODY = 4 * 1024
+"""Nearly all reports are smaller."""
+BODIES, BODIES_RESERVED = 2 * 1024 * 1024, 1024 * 1024
+"""Bytes of all bodies that are read at a time, and those of them that large bodies leave to small ones."""
 _PATH = re.compile(rf"/apis/{API_VERSION}/namespaces/([a-z0-9-]{{1,63}})/finetunejobs/([a-z0-9.-]{{1,253}})/status")
 
 
@@ -39,8 +45,11 @@ class ProgressOptions(Listening):
 
     host: str = "0.0.0.0"
     port: int = 8443
-    max_connections: int = 1024
+    max_connections: int = 1280
     connection_seconds: float = 15.0
+    rate_per_address: float = 300.0
+    """A pod has an address of its own; on a laptop all share one."""
+    burst_per_address: float = 1500.0
     write_interval: float = 5.0
     reports_per_second: float = 1.0
     """Of one job, in the long run; `burst` at once."""
@@ -77,7 +86,8 @@ class ProgressServer:
             monotonic=monotonic,
             call_seconds=options.call_seconds * 2,
         )
-        self._server = TlsServer("progress server", self._answer, options, clock=clock)
+        self._bodies = ByteBudget(BODIES, reserved=BODIES_RESERVED, small=SMALL_BODY)
+        self._server = HttpServer("progress", self._answer, options, metrics, clock=clock)
 
     async def start(self) -> None:
         """Listens. Raises tls.TlsError, OSError."""
@@ -96,26 +106,27 @@ class ProgressServer:
         return self._server.port
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        key = None
         try:
-            await self._take(request)
+            key = _key(request)
+            await self._take(key, request)
         except Exception as error:
-            refusal = _refusal(error)
+            refusal = self._refusal(error, key)
             result, response = refusal.reason, _status(refusal)
         else:
             result, response = "accepted", web.json_response({})
         self._metrics.report(result)
-        response.force_close()
         return response
 
-    async def _take(self, request: web.BaseRequest) -> None:
+    async def _take(self, key: JobKey, request: web.BaseRequest) -> None:
         """Checks a request from the cheap to the dear, the body last. Raises Refused."""
-        key = _key(request)
         token = _bearer(request)
-        identity = self._authenticator.known(key, token)
         # Who holds a good token pays from the job's bucket; nobody else can empty it.
-        buckets, payer = (self._jobs, key) if identity else (self._strangers, request.remote)
-        if wait := buckets.take(payer, self._monotonic()):
-            raise Refused(429, "TooManyRequests", f"too many reports; the next one in {wait:.1f} s", wait)
+        known = self._authenticator.known(key, token) is not None
+        familiar = known or self._authenticator.familiar(key, token)
+        self._pay(self._jobs if familiar else self._strangers, key if familiar else request.remote)
+        if known:
+            self._server.vouch(request)
         async with asyncio.timeout(self._options.call_seconds):
             job = await self._cluster.get_job(*key)
             if job is None:
@@ -126,23 +137,37 @@ class ProgressServer:
             attempt = current_attempt(job)
             pod = await self._cluster.get_pod(key.namespace, identity.pod_name)
             check_pod(pod, identity, attempt, key.name)
-        report = parse(await body_of(request, MAX_BODY), self._clock())
+        if not familiar:
+            # Many reports with one new token come to no more than those with a known one.
+            self._pay(self._jobs, key)
+        self._server.vouch(request)
+        async with asyncio.timeout(self._options.call_seconds), body_of(request, MAX_BODY, self._bodies) as body:
+            report = parse(bytes(body), self._clock())
         self._writer.accept(key, attempt.job_uid, attempt.number, report)
 
+    def _pay(self, buckets: Buckets, payer: Hashable) -> None:
+        """Raises Refused where the payer has nothing left."""
+        if wait := buckets.take(payer, self._monotonic()):
+            raise Refused(429, "TooManyRequests", f"too many reports; the next one in {wait:.1f} s", wait)
 
-def _refusal(error: Exception) -> Refused:
-    """What the trainer is told where its report was not taken."""
-    if isinstance(error, Refused):
-        return error
-    if isinstance(error, ApiError | TimeoutError):
-        logger.warning("a progress report cannot be checked: %s", str(error) or "the API server does not answer")
-        return Refused(503, "ServiceUnavailable", "the API server does not answer; report again later", 5)
-    if isinstance(error, TooLarge):
-        return Refused(413, "RequestEntityTooLarge", f"a report has at most {MAX_BODY} bytes")
-    if isinstance(error, web.RequestPayloadError):
-        return Refused(400, "BadRequest", f"the body cannot be read: {error}")
-    logger.error("a progress report could not be handled", exc_info=error)
-    return Refused(500, "InternalError", "the report could not be handled; the operator's log says why")
+    def _refusal(self, error: Exception, key: JobKey | None) -> Refused:
+        """What the trainer is told where its report was not taken."""
+        about = {"namespace": key.namespace, "job": key.name} if key else {}
+        if isinstance(error, Refused):
+            return error
+        if isinstance(error, ApiError | TimeoutError):
+            said = str(error) or "the API server does not answer"
+            logger.warning("a progress report cannot be checked: %s", said, extra=about)
+            return Refused(503, "ServiceUnavailable", "the API server does not answer; report again later", 5)
+        if isinstance(error, TooLarge):
+            return Refused(413, "RequestEntityTooLarge", f"a report has at most {MAX_BODY} bytes")
+        if isinstance(error, TooSlow):
+            return Refused(408, "Timeout", "the body did not come in time; report again", 1)
+        if isinstance(error, web.RequestPayloadError):
+            return Refused(400, "BadRequest", f"the body cannot be read: {error}")
+        logger.error("a progress report could not be handled", exc_info=error, extra=about)
+        self._metrics.request_failed("progress")
+        return Refused(500, "InternalError", "the report could not be handled; the operator's log says why")
 
 
 def parse(body: bytes, now: float) -> TrainerStatus:

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -129,6 +130,8 @@ class Authenticator:
         """`clock`: seconds since the epoch."""
         self._cluster, self._clock, self._seconds, self._limit = cluster, clock, seconds, limit
         self._known: OrderedDict[bytes, tuple[float, Identity]] = OrderedDict()
+        self._familiar: OrderedDict[bytes, tuple[float, None]] = OrderedDict()
+        """Tokens that a review once found good, to their expiry."""
         self._refused: OrderedDict[bytes, tuple[float, str]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -142,6 +145,16 @@ class Authenticator:
             self._known.pop(digest, None)
             return None
         return identity
+
+    def familiar(self, key: JobKey, token: str) -> bool:
+        """Whether a review has ever found this token good for this job: its holder is no stranger, and is reviewed
+        again all the same."""
+        digest = _digest(key, token)
+        until, _ = self._familiar.get(digest, (0.0, None))
+        if self._clock() >= until:
+            self._familiar.pop(digest, None)
+            return False
+        return True
 
     async def identify(self, key: JobKey, job_uid: str, token: str) -> Identity:
         """Who holds the token. Raises Refused: 401 where it is not valid for this job, 403 where it is of no pod."""
@@ -166,6 +179,7 @@ class Authenticator:
             raise _forbidden("the token is bound to no pod; use the one that is projected into the trainer's pod")
         identity = Identity(job_uid, user.pod_name, user.pod_uid)
         self._remember(self._known, digest, self._seconds, token, identity)
+        self._remember(self._familiar, digest, math.inf, token, None)
         return identity
 
     def _remember(

@@ -1,11 +1,12 @@
-"""What the progress server knows, without I/O or clock: the ETA, the merge of reports, rates, what is to be written."""
+"""What the progress server knows, without I/O or clock: the ETA, the merge of reports, what is to be written."""
 
 import math
-from collections import OrderedDict, deque
-from collections.abc import Hashable, Sequence
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from finetune_api.bounds import MOST
 from finetune_api.progress import Metric, TrainerStatus
 
 MAX_METRICS = 64
@@ -43,7 +44,7 @@ def remaining_seconds(samples: Sequence[Sample], total_steps: int | None, now: f
         return None
     pace = (last.time - first.time) / (last.step - first.step)
     # What has passed since the last step is done; a step that takes longer than the others holds the clock, not more.
-    return math.ceil(left * pace - min(now - last.time, pace))
+    return math.ceil(min(left * pace - min(now - last.time, pace), MOST))
 
 
 def with_steps(report: TrainerStatus) -> TrainerStatus:
@@ -108,31 +109,6 @@ def _or(value: int | None, otherwise: int | None) -> int | None:
 
 def _most(*values: int | None) -> int | None:
     return max((value for value in values if value is not None), default=None)
-
-
-class Buckets:
-    """Token buckets by key: `burst` at once, then `rate` a second. A full bucket takes no memory, and of too many the
-    least used go (which forgives their callers, and nobody else)."""
-
-    def __init__(self, rate: float, burst: float, limit: int = 10_000) -> None:
-        self._rate, self._burst, self._limit = rate, burst, limit
-        self._buckets: OrderedDict[Hashable, tuple[float, float]] = OrderedDict()
-
-    def take(self, key: Hashable, now: float) -> float:
-        """Takes one: 0.0, or the seconds until there is one to take."""
-        tokens, then = self._buckets.pop(key, (self._burst, now))
-        tokens = min(self._burst, tokens + (now - then) * self._rate)
-        wait = 0.0 if tokens >= 1 else (1 - tokens) / self._rate
-        self._buckets[key] = (tokens if wait else tokens - 1, now)
-        while len(self._buckets) > self._limit:
-            self._buckets.popitem(last=False)
-        return wait
-
-    def forget(self, key: Hashable) -> None:
-        self._buckets.pop(key, None)
-
-    def __len__(self) -> int:
-        return len(self._buckets)
 
 
 @dataclass

@@ -10,15 +10,18 @@ from typing import Any, NamedTuple
 
 from finetune_api import API_VERSION
 from finetune_api.jobstatus import FineTuneJobStatus
-from finetune_operator.accept import Subject
+from finetune_operator.accept import MANAGER, Subject
 from finetune_operator.attempts import made
+from finetune_operator.clock import utc_now as utc_now
 from finetune_operator.cluster import FIELD_MANAGER, ApiError, Cluster, Object
 from finetune_operator.kueue import Queue, admitted, told
 from finetune_operator.manifests import Context
+from finetune_operator.news import job_fingerprint
 from finetune_operator.observe import Census, Child, Observed, controller_uid, expected_names, observe
 from finetune_operator.plan import Deletion, Plan, collision, plan, to_record, with_uids
 from finetune_operator.profiles import Profiles
 from finetune_operator.sameness import is_same_job
+from finetune_operator.stalling import stalled
 from finetune_operator.status import Note, finished, patch
 from finetune_operator.turns import Line
 
@@ -51,11 +54,6 @@ class Result(NamedTuple):
     """None: there is no such job."""
     job: Object | None = None
     """The FineTuneJob as it is now, by what was read and written: for this version of it everything is decided."""
-
-
-def utc_now() -> datetime.datetime:
-    """Whole seconds: the API server keeps no fractions, and what was read back must compare equal."""
-    return datetime.datetime.now(datetime.UTC).replace(microsecond=0)
 
 
 async def reconcile(
@@ -132,6 +130,30 @@ async def glance(raw: Object, census: Census, context: Context, profiles: Profil
     if decided.create or decided.delete or patch(subject.status, decided.status):
         return None
     return Result(decided.requeue_after, subject.status.state, raw)
+
+
+async def stall(cluster: Cluster, key: Key, told: Note, now: datetime.datetime, *, first: bool) -> int | None:
+    """Writes that the operator fails on a job where its status does not say so already, and tells it in an Event.
+
+    Returns the fingerprint of what was written. `first`: it was not told before, so tell it even if the status cannot.
+    Raises ApiError.
+    """
+    raw = await cluster.get("FineTuneJob", *key)
+    if raw is None or ((raw.get("spec") or {}).get("runPolicy") or {}).get("managedBy", MANAGER) != MANAGER:
+        return None
+    meta, change = raw["metadata"], stalled(raw, told, now)
+    if not change:
+        return None
+    try:
+        written = await cluster.patch_status(*key, meta["uid"], change, meta["resourceVersion"])
+    except ApiError:
+        if first:
+            await cluster.post_event(event(*key, meta["uid"], told, now))
+        raise
+    if written is None:
+        return None
+    await cluster.post_event(event(*key, meta["uid"], told, now))
+    return job_fingerprint(written)
 
 
 async def _carry_out(
@@ -236,7 +258,7 @@ async def _create(cluster: Cluster, subject: Subject, manifest: Object) -> tuple
     except ApiError as error:
         if error.reason != "AlreadyExists":
             raise
-    found = await cluster.get(kind, subject.namespace, name)
+    found = await cluster.get_whole(kind, subject.namespace, name)
     if found is None or "deletionTimestamp" in found["metadata"]:
         raise NotYet(f"{kind} {name} is being deleted")
     if controller_uid(found) != subject.uid:
@@ -295,25 +317,25 @@ async def _tell(cluster: Cluster, subject: Subject, decided: Plan, now: datetime
         extra = {"namespace": subject.namespace, "job": subject.name}
         logger.log(logging.WARNING if note.type == "Warning" else logging.INFO, "%s: %s", *note[1:], extra=extra)
         try:
-            await cluster.post_event(event(subject, note, now))
+            await cluster.post_event(event(subject.namespace, subject.name, subject.uid, note, now))
         except ApiError as error:
             logger.warning("Event %s was not posted: %s", note.reason, error, extra=extra)
 
 
-def event(subject: Subject, note: Note, now: datetime.datetime) -> Object:
-    """A core/v1 Event. Its name says what it tells of, so that telling it again counts up instead of adding another."""
+def event(namespace: str, name: str, uid: str, note: Note, now: datetime.datetime) -> Object:
+    """A core/v1 Event of a FineTuneJob. Its name says what it tells of: telling it again counts up."""
     time = now.isoformat().replace("+00:00", "Z")
-    digest = hashlib.sha256("\0".join((subject.uid, *note)).encode()).hexdigest()[:16]
+    digest = hashlib.sha256("\0".join((uid, *note)).encode(errors="replace")).hexdigest()[:16]
     return {
         "apiVersion": "v1",
         "kind": "Event",
-        "metadata": {"name": f"{subject.name}.{digest}", "namespace": subject.namespace},
+        "metadata": {"name": f"{name}.{digest}", "namespace": namespace},
         "involvedObject": {
             "apiVersion": API_VERSION,
             "kind": "FineTuneJob",
-            "namespace": subject.namespace,
-            "name": subject.name,
-            "uid": subject.uid,
+            "namespace": namespace,
+            "name": name,
+            "uid": uid,
         },
         "type": note.type,
         "reason": note.reason,

@@ -7,14 +7,15 @@ here is what those cannot see: rules between a job and its profile, and what its
 import datetime
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeGuard
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.alias_generators import to_camel
 
 from finetune_api.budget import account
 from finetune_api.defaults import with_defaults
 from finetune_api.job import parse
-from finetune_api.model import Path, Problem, problems_of
+from finetune_api.model import Label, Path, Problem, Subdomain, problems_of
 from finetune_api.policy import against_defaults, not_allowed
 from finetune_api.profile import FineTuneProfile
 from finetune_api.support import unsupported, unsupported_profile
@@ -22,6 +23,59 @@ from finetune_operator.accept import Refusal, select_profile
 
 Object = Mapping[str, Any]
 MAX_PROBLEMS = 16
+
+
+def _with_metadata(value: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(value.get("metadata"), dict):
+        raise ValueError("it must have metadata")
+    return value
+
+
+class _Part(BaseModel):
+    """A part of an AdmissionReview; an API server may send more than is looked at."""
+
+    model_config = ConfigDict(extra="ignore", alias_generator=to_camel, strict=True)
+
+
+class _Kind(_Part):
+    kind: Literal["FineTuneJob", "FineTuneProfile"]
+
+
+class _UserInfo(_Part):
+    """authentication.k8s.io/v1 UserInfo."""
+
+    username: str
+    uid: str | None = None
+    groups: list[str] | None = None
+    extra: dict[str, list[str]] | None = None
+
+
+class _Request(_Part):
+    uid: Annotated[str, Field(max_length=128)] = ""
+    kind: _Kind
+    operation: Literal["CREATE", "UPDATE"]
+    namespace: Label | Literal[""] = ""
+    name: Subdomain | Literal[""] = ""
+    user_info: _UserInfo
+    object: Annotated[dict[str, Any], AfterValidator(_with_metadata)]
+    old_object: Annotated[dict[str, Any], AfterValidator(_with_metadata)] | None = None
+
+
+class _Review(_Part):
+    api_version: Literal["admission.k8s.io/v1"]
+    request: _Request
+
+
+_NAME = TypeAdapter(Subdomain)
+
+
+def is_name(value: object) -> bool:
+    """Whether this can be an object's name, and so a part of a path."""
+    try:
+        _NAME.validate_python(value, strict=True)
+    except ValidationError:
+        return False
+    return True
 
 
 class Malformed(Exception):
@@ -45,26 +99,22 @@ class Request:
 
     @classmethod
     def read(cls, body: Any) -> "Request":
-        """Raises Malformed."""
-        request = body.get("request") if isinstance(body, dict) else None
-        if not isinstance(request, dict) or body.get("apiVersion") != "admission.k8s.io/v1":
-            raise Malformed("the body must be an AdmissionReview of admission.k8s.io/v1 with a request")
-        kind, new, user = request.get("kind"), request.get("object"), request.get("userInfo")
-        name = kind.get("kind") if isinstance(kind, dict) else None
-        if name not in ("FineTuneJob", "FineTuneProfile") or request.get("operation") not in ("CREATE", "UPDATE"):
-            raise Malformed("only FineTuneJobs and FineTuneProfiles that are created or updated are reviewed")
-        if not _is_object(new) or not isinstance(user, dict):
-            raise Malformed("request.object and request.userInfo must be objects")
-        old = request.get("oldObject")
+        """Raises Malformed. Nothing of a review is used for anything before all of it was read here."""
+        try:
+            request = _Review.model_validate(body).request
+        except ValidationError as error:
+            raise Malformed("; ".join(map(str, problems_of(error)[:4]))[:1024]) from None
+        new, old = request.object, request.old_object
+        name = request.name or new["metadata"].get("name") or ""
         return cls(
-            uid=str(request.get("uid", "")),
-            kind=name,
-            operation=request["operation"],
-            namespace=str(request.get("namespace") or ""),
-            name=str(request.get("name") or new["metadata"].get("name") or ""),
-            user=user,
+            uid=request.uid,
+            kind=request.kind.kind,
+            operation=request.operation,
+            namespace=request.namespace,
+            name=name if is_name(name) else "",
+            user=request.user_info.model_dump(exclude_none=True),
             new=new,
-            old=old if _is_object(old) else None,
+            old=old,
         )
 
     @property
@@ -76,10 +126,6 @@ class Request:
     def leaves(self) -> bool:
         """It is being deleted: nothing may hold that up."""
         return "deletionTimestamp" in self.new["metadata"]
-
-
-def _is_object(value: Any) -> TypeGuard[dict[str, Any]]:
-    return isinstance(value, dict) and isinstance(value.get("metadata"), dict)
 
 
 class Use(NamedTuple):
@@ -135,6 +181,15 @@ class Verdict:
     problems: tuple[Problem, ...] = ()
     warnings: tuple[str, ...] = ()
     forbidden: bool = False
+
+
+def reads_as_job(request: Request) -> bool:
+    """Whether the object is a FineTuneJob by its own rules, so that what it names can be looked up."""
+    try:
+        parse(_named(request.new, request.namespace))
+    except ValidationError:
+        return False
+    return True
 
 
 def judge_profile(request: Request) -> Verdict:

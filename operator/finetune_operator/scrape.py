@@ -3,9 +3,11 @@
 import asyncio
 import hashlib
 import logging
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
 from aiohttp import web
@@ -13,13 +15,14 @@ from prometheus_client.core import Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from finetune_operator.buckets import Buckets
 from finetune_operator.cluster import ApiError
 from finetune_operator.metrics import Metrics
-from finetune_operator.progress_state import Buckets
-from finetune_operator.serving import Listening, TlsServer, bearer
+from finetune_operator.serving import HttpServer, Listening, bearer
 
 logger = logging.getLogger(__name__)
 PATH = "/metrics"
+MAX_CONNECTIONS, CONNECTION_SECONDS = 64, 30.0
 REMEMBERED_SECONDS = 60.0
 """How long an answer of the API server holds: Prometheus asks every 30 seconds, or more often."""
 REMEMBERED = 256
@@ -78,6 +81,23 @@ MEANINGS = {
 }
 
 
+CHUNK = 64 * 1024
+"""Bytes that are written before the peer must have read most of them."""
+SHARED_SECONDS = 10.0
+"""How old a text may be that is sent to several readers."""
+UNSHARED = 2
+"""Texts that are sent at a time; with more readers they share one, so that slow ones cannot hold memory without end."""
+
+
+@dataclass
+class _Text:
+    """The metrics as one content type has them, while they are sent."""
+
+    body: bytes = b""
+    made: float = -math.inf
+    readers: int = 0
+
+
 class MetricsServer:
     """Plain HTTP or, with `listening`, TLS; for everybody or, with `access`, for whom that lets in.
 
@@ -92,39 +112,28 @@ class MetricsServer:
         *,
         access: Access | None = None,
         listening: Listening | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`listening`: how it is served over TLS, in place of `host` and `port`."""
-        self._metrics, self._access = metrics, access
-        self._host, self.port = host, port
-        self._tls = TlsServer("metrics server", self._answer, listening) if listening else None
-        self._runner = web.ServerRunner(web.Server(self._answer, access_log=None, keepalive_timeout=75.0))
+        """`listening`: how it is served over TLS, in place of `host` and `port`. `monotonic`: seconds."""
+        self._metrics, self._access, self._monotonic = metrics, access, monotonic
+        listening = listening or Listening(None, (), host, port, MAX_CONNECTIONS, CONNECTION_SECONDS)
+        self._server = HttpServer("metrics", self._answer, listening, metrics)
+        self._texts: dict[str, _Text] = {}
+        self._encoding = asyncio.Lock()
+
+    @property
+    def port(self) -> int:
+        return self._server.port
 
     async def __aenter__(self) -> Self:
         """Raises OSError, tls.TlsError."""
-        if self._tls:
-            await self._tls.start()
-            self.port = self._tls.port
-            return self
-        await self._runner.setup()
-        try:
-            await web.TCPSite(self._runner, self._host, self.port).start()
-        except OSError:
-            await self._runner.cleanup()
-            raise
-        self.port = self._runner.addresses[0][1]
+        await self._server.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await (self._tls.stop() if self._tls else self._runner.cleanup())
+        await self._server.stop()
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
-        response = await self._respond(request)
-        if self._tls:
-            # A connection has its time: the next scrape begins another one instead of being cut off.
-            response.force_close()
-        return response
-
-    async def _respond(self, request: web.BaseRequest) -> web.StreamResponse:
         if request.path != PATH:
             return web.Response(status=404, text=f"the only path is {PATH}\n")
         if request.method not in ("GET", "HEAD"):
@@ -134,10 +143,37 @@ class MetricsServer:
             if code != 200:
                 headers = {"WWW-Authenticate": "Bearer"} if code == 401 else {}
                 return web.Response(status=code, headers=headers, text=f"{MEANINGS[code]}\n")
+            self._server.vouch(request)
         encode, content_type = choose_encoder(request.headers.get("Accept", ""))
-        # A thousand jobs are a megabyte of text, and a third of a second in which reconciles would wait.
-        body = await asyncio.to_thread(encode, _Snapshot(list(self._metrics.registry.collect())))
-        return web.Response(body=body, headers={"Content-Type": content_type})
+        if request.method == "HEAD":
+            return web.Response(headers={"Content-Type": content_type})
+        text = self._texts.setdefault(content_type, _Text())
+        text.readers += 1
+        try:
+            return await self._send(request, content_type, await self._body(text, encode))
+        finally:
+            text.readers -= 1
+            if not text.readers:
+                self._texts.pop(content_type, None)
+
+    async def _body(self, text: _Text, encode: Callable[[Collector], bytes]) -> bytes:
+        async with self._encoding:
+            now = self._monotonic()
+            if text.readers <= UNSHARED or now - text.made >= SHARED_SECONDS:
+                # A thousand jobs are a megabyte of text, and a third of a second in which reconciles would wait.
+                snapshot = _Snapshot(list(self._metrics.registry.collect()))
+                text.body, text.made = await asyncio.to_thread(encode, snapshot), now
+            return text.body
+
+    async def _send(self, request: web.BaseRequest, content_type: str, body: bytes) -> web.StreamResponse:
+        """In pieces, each of which waits for its reader: no copy of the whole is made for anybody."""
+        response = web.StreamResponse(headers={"Content-Type": content_type, "Content-Length": str(len(body))})
+        response.force_close()
+        self._server.answers(request)
+        await response.prepare(request)
+        for start in range(0, len(body), CHUNK):
+            await response.write(body[start : start + CHUNK])
+        return response
 
 
 class _Snapshot(Collector):

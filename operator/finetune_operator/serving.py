@@ -1,11 +1,15 @@
-"""Serving over TLS: what the progress server and the admission webhook have in common."""
+"""Serving HTTP to peers of any kind, bounded in number, time and bytes.
+
+The progress server, the admission webhook, the metrics and the probes have this in common. A connection has one
+request; only a caller whom a server knows well may be granted more.
+"""
 
 import asyncio
+import contextlib
 import datetime
 import logging
-import ssl
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,41 +18,95 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from finetune_operator import tls
+from finetune_operator.acceptor import Acceptor, Connection, Patience
+from finetune_operator.byte_budget import ByteBudget
+from finetune_operator.metrics import Metrics
+from finetune_operator.seats import Limits, Stage
 
 logger = logging.getLogger(__name__)
 
 TLS_REFRESH_SECONDS = 300.0
+MAX_HEADERS = 40
+MAX_HEADER_BYTES = 8190
+"""Of one header; a token may be some kilobytes."""
+READ_BYTES = 16 * 1024
+"""What is read ahead of a handler."""
+LINGERING_SECONDS = 0.25
+"""How long a body that nobody wants is read, so that its sender sees the answer."""
+IDLE_SECONDS = 120.0
+"""Longer than Go's clients keep a connection that they do not use: it is not this side that ends one in use."""
+BODY_SECONDS, BODY_BYTES_PER_SECOND = 2.0, 2 * 1024 * 1024
+"""What a body may take: a while, and its size at this pace."""
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
 @dataclass(frozen=True)
 class Listening:
-    """Where a server listens, and what it bears. `tls_folder`, `hosts`: see `tls.ensure`."""
+    """Where a server listens, and what it bears. Times are in seconds."""
 
-    tls_folder: Path
+    tls_folder: Path | None
+    """See `tls.ensure`, as for `hosts`; None: plain HTTP."""
     hosts: Sequence[str]
     host: str
     port: int
     """0: chosen by the kernel."""
     max_connections: int
+    """Those that are served at a time; more wait, and the silent ones give way."""
     connection_seconds: float
     """From the connection's first byte to the last answer's last one."""
+    max_waiting: int = 2048
+    """Connections that have said nothing yet, or have to wait."""
+    rate_per_address: float = 400.0
+    """Connections a second of one address, in the long run; `burst_per_address` at once. More have to wait."""
+    burst_per_address: float = 1500.0
+    client_ca: Path | None = None
+    """PEM: the authorities of client certificates, without which no connection is made; None: none is asked for."""
+
+    def limits(self) -> Limits:
+        return Limits(
+            seats=self.max_connections,
+            seats_per_address=max(1, self.max_connections * 7 // 8),
+            waiting=self.max_waiting,
+            rate_per_address=self.rate_per_address,
+            burst_per_address=self.burst_per_address,
+        )
+
+    def patience(self) -> Patience:
+        default = Patience()
+        most = min(default.greeting, self.connection_seconds)
+        return Patience(silence=default.silence, greeting=most, whole=self.connection_seconds)
 
 
 class TooLarge(Exception):
     """A body has more bytes than it may."""
 
 
-async def body_of(request: web.BaseRequest, limit: int) -> bytes:
-    """At most `limit` bytes are read. Raises TooLarge."""
-    if (request.content_length or 0) > limit:
+class TooSlow(Exception):
+    """A body does not come in the time that its size may take."""
+
+
+@contextlib.asynccontextmanager
+async def body_of(request: web.BaseRequest, limit: int, budget: ByteBudget) -> AsyncIterator[bytearray]:
+    """The body, whose bytes are claimed from the budget before any is read, and until the end of the context.
+
+    Raises TooLarge, TooSlow.
+    """
+    size = request.content_length or 0
+    if size > limit:
         raise TooLarge
+    async with budget.claim(size):
+        yield await _read(request, size)
+
+
+async def _read(request: web.BaseRequest, size: int) -> bytearray:
     body = bytearray()
-    async for chunk in request.content.iter_any():
-        body += chunk
-        if len(body) > limit:
-            raise TooLarge
-    return bytes(body)
+    try:
+        async with asyncio.timeout(BODY_SECONDS + size / BODY_BYTES_PER_SECOND):
+            async for chunk in request.content.iter_any():
+                body += chunk
+    except TimeoutError:
+        raise TooSlow from None
+    return body
 
 
 def bearer(authorization: str) -> str | None:
@@ -56,6 +114,20 @@ def bearer(authorization: str) -> str | None:
     scheme, _, token = authorization.partition(" ")
     token = token.strip()
     return token if scheme.lower() == "bearer" and token and token.isascii() else None
+
+
+def oddity(request: web.BaseRequest) -> web.Response | None:
+    """Refuses what no caller of ours sends, and what two parsers may read in two ways."""
+    headers = request.headers
+    if "Transfer-Encoding" in headers:
+        return web.Response(status=411, text="found Transfer-Encoding; send the body with a Content-Length\n")
+    if "Upgrade" in headers:
+        return web.Response(status=400, text="found Upgrade; send a plain request\n")
+    if "Expect" in headers:
+        return web.Response(status=417, text="found Expect; send the body at once\n")
+    if not request.raw_path.startswith("/"):
+        return web.Response(status=400, text="the request's target must be a path\n")
+    return None
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -68,83 +140,140 @@ _http_logger = logger.getChild("http")
 _http_logger.addFilter(_is_news)
 
 
-class _Connections(web.Server):
-    """At most `limit` connections, each for `seconds` in all: whoever dawdles over headers or body is cut off."""
+class _Protocols(web.Server):
+    """aiohttp's part: bytes to requests, for connections that were accepted elsewhere."""
 
-    def __init__(self, handler: Any, *, limit: int, seconds: float) -> None:
+    def __init__(self, handler: Any) -> None:
         super().__init__(
             handler,
             handler_cancellation=True,
             access_log=None,
             auto_decompress=False,
-            lingering_time=2.0,
+            lingering_time=LINGERING_SECONDS,
             logger=_http_logger,
+            max_headers=MAX_HEADERS,
+            max_field_size=MAX_HEADER_BYTES,
+            read_bufsize=READ_BYTES,
+            keepalive_timeout=IDLE_SECONDS,
         )
-        self._limit, self._seconds = limit, seconds
-        self._deadlines: dict[web.RequestHandler, asyncio.TimerHandle] = {}
+        self.accepted: dict[web.RequestHandler, Connection] = {}
+
+    def protocol(self, connection: Connection) -> web.RequestHandler:
+        made = self()
+        self.accepted[made] = connection
+        return made
 
     def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
         super().connection_made(handler, transport)
-        seconds = self._seconds if len(self._deadlines) < self._limit else 0.0
-        self._deadlines[handler] = asyncio.get_running_loop().call_later(seconds, transport.abort)
+        connection = self.accepted[handler]
+        connection.acceptor.made(connection, transport)
 
     def connection_lost(self, handler: web.RequestHandler, exc: BaseException | None = None) -> None:
-        self._deadlines.pop(handler).cancel()
+        connection = self.accepted.pop(handler)
+        connection.acceptor.lost(connection)
         super().connection_lost(handler, exc)
 
 
-class TlsServer:
-    """Answers with `handler` over TLS. `name` says in the log which server it is."""
+class HttpServer:
+    """Answers with `handler`. `name` says in the log and in the metrics which server it is."""
 
     def __init__(
-        self, name: str, handler: Handler, listening: Listening, *, clock: Callable[[], float] = time.time
+        self,
+        name: str,
+        handler: Handler,
+        listening: Listening,
+        metrics: Metrics,
+        *,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         """`clock`: seconds since the epoch."""
         self._name, self._handler, self._listening, self._clock = name, handler, listening, clock
+        self._metrics = metrics
+        self._task: asyncio.Task[None] | None = None
         self.port = listening.port
 
     async def start(self) -> None:
         """Listens. Raises tls.TlsError, OSError."""
-        listening = self._listening
-        files = self._ensure_certificate()
-        context = files.context()
-        self._connections = _Connections(
-            self._handler, limit=listening.max_connections, seconds=listening.connection_seconds
+        listening, context = self._listening, None
+        if listening.tls_folder:
+            files = self._ensure_certificate(listening.tls_folder)
+            context = files.context(listening.client_ca)
+        self._protocols = _Protocols(self._answer)
+        self._acceptor = Acceptor(
+            listening.limits(),
+            listening.patience(),
+            self._protocols.protocol,
+            context,
+            lambda event: self._metrics.connection(self._name, event),
         )
-        self._server = await asyncio.get_running_loop().create_server(
-            self._connections,
-            listening.host,
-            listening.port,
-            ssl=context,
-            ssl_handshake_timeout=5.0,
-            ssl_shutdown_timeout=2.0,
-            backlog=512,
-        )
-        self.port = self._server.sockets[0].getsockname()[1]
-        self._task = asyncio.create_task(self._refresh_certificate(context, files), name=f"{self._name}'s certificate")
+        self.port = self._acceptor.listen(listening.host, listening.port)
+        if listening.tls_folder:
+            refresh = self._refresh_certificate(files, listening.tls_folder)
+            self._task = asyncio.create_task(refresh, name=f"{self._name}'s certificate")
 
     async def stop(self) -> None:
         """Answers what has begun, for two seconds, and takes no more."""
-        self._server.close()
-        self._connections.pre_shutdown()
-        await self._connections.shutdown(timeout=2.0)
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        self._acceptor.close()
+        self._protocols.pre_shutdown()
+        await self._protocols.shutdown(timeout=2.0)
+        if self._task:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
 
-    def _ensure_certificate(self) -> tls.TlsFiles:
+    def vouch(self, request: web.BaseRequest, *, keep: bool = False) -> None:
+        """Its caller is known: the connection gives way to nobody. `keep`: it may send further requests."""
+        if connection := self._protocols.accepted.get(request.protocol):
+            connection.kept = keep
+        self._advance(request, Stage.PROVEN)
+
+    def answers(self, request: web.BaseRequest) -> None:
+        """All is decided: what is left is to send the answer, to one who may read slowly."""
+        self._advance(request, Stage.ANSWERED)
+
+    def _advance(self, request: web.BaseRequest, stage: Stage) -> None:
+        if (connection := self._protocols.accepted.get(request.protocol)) is not None:
+            connection.advance(stage)
+
+    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        self._advance(request, Stage.ASKING)
+        connection = self._protocols.accepted.get(request.protocol)
+        response: web.StreamResponse | None
+        try:
+            response = oddity(request) or await self._handler(request)
+            keep = connection is not None and connection.kept and response.status == 200
+        except Exception:
+            keep = False
+            # A mistake of ours ends one request. It is counted, and told once for each.
+            logger.exception("the %s could not answer", self._name)
+            self._metrics.request_failed(self._name)
+            response = web.Response(status=500, text="the request could not be handled; the operator's log says why\n")
+        if not keep:
+            # A second request behind the first could be somebody else's: its bytes are never looked at.
+            response.force_close()
+            if connection:
+                connection.kept = False
+        self.answers(request)
+        return response
+
+    def _ensure_certificate(self, folder: Path) -> tls.TlsFiles:
         now = datetime.datetime.fromtimestamp(self._clock(), datetime.UTC)
-        return tls.ensure(self._listening.tls_folder, self._listening.hosts, now)
+        return tls.ensure(folder, self._listening.hosts, now)
 
-    async def _refresh_certificate(self, context: ssl.SSLContext, files: tls.TlsFiles) -> None:
+    async def _refresh_certificate(self, files: tls.TlsFiles, folder: Path) -> None:
         """Serves what was renewed, by us or by whoever fills the folder."""
-        version = files.version()
+        version = self._version(files)
         while True:
             await asyncio.sleep(TLS_REFRESH_SECONDS)
             try:
-                files = self._ensure_certificate()
-                if files.version() != version:
-                    files.load(context)
-                    version = files.version()
+                files = self._ensure_certificate(folder)
+                if self._version(files) != version:
+                    self._acceptor.context = files.context(self._listening.client_ca)
+                    version = self._version(files)
                     logger.info("the %s's certificate was renewed", self._name)
-            except (tls.TlsError, OSError) as error:
+            except Exception as error:
                 logger.error("the %s's certificate could not be renewed: %s", self._name, error)
+
+    def _version(self, files: tls.TlsFiles) -> tuple[bytes, ...]:
+        """What changes when a file does."""
+        client_ca = self._listening.client_ca
+        return (*files.version(), client_ca.read_bytes() if client_ca else b"")

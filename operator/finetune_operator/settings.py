@@ -5,7 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 PREFIX = "FINETUNE_OPERATOR_"
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda text: tuple(text.split()) if isinstance(text, str) else text)]
@@ -60,7 +60,14 @@ class Settings(BaseModel):
     admission_host: str = "127.0.0.1"
     """Where the validating webhook listens; 0.0.0.0 in a cluster."""
     admission_port: Port | None = None
-    """Port of `POST /validate`; none: it is not served."""
+    """Port of the validating webhook; none: it is not served."""
+    admission_paths: Path | None = None
+    """A file with the webhook's unguessable paths, as `python -m finetune_operator.certificates` makes it. It is read
+    again when it changes. The webhook needs this or admission_client_ca; with both, callers must satisfy both."""
+    admission_client_ca: Path | None = None
+    """A PEM file with the authority of the API server's client certificate, where the platform configures one."""
+    admission_client_names: Names = ()
+    """Whom that certificate may be for, parted by blanks: its common name or an alternative one; none: anybody."""
     tls_folder: Path = Path.home() / ".local/state/finetune-operator/tls"
     """tls.crt, tls.key and ca.crt of the progress server and the webhook. An empty folder gets an authority of its own,
     once: pods that run trust it, so it must outlive a restart of the operator."""
@@ -78,6 +85,17 @@ class Settings(BaseModel):
         if value is not None and len(value.split("/")) != 2:
             raise ValueError("it must be namespace/name")
         return value
+
+    @model_validator(mode="after")
+    def _callers_are_known(self) -> Self:
+        if self.admission_port is not None and not (self.admission_paths or self.admission_client_ca):
+            raise ValueError(
+                f"{PREFIX}ADMISSION_PORT: found {self.admission_port} and nothing that tells the API server from a "
+                f"stranger; set {PREFIX}ADMISSION_PATHS or {PREFIX}ADMISSION_CLIENT_CA"
+            )
+        if self.admission_client_names and not self.admission_client_ca:
+            raise ValueError(f"{PREFIX}ADMISSION_CLIENT_NAMES: needs {PREFIX}ADMISSION_CLIENT_CA")
+        return self
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Self:

@@ -1,10 +1,10 @@
 """PURE. A FineTuneJob as the API server sends it -> the few figures of it that are measured."""
 
-import datetime
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, get_args
 
+from finetune_api.bounds import parse_time, whole
 from finetune_api.failures import Outcome, Reason
 from finetune_api.jobstatus import State
 from finetune_operator.accept import MANAGER
@@ -130,26 +130,26 @@ def _read(raw: Object) -> Sight | None:
     conditions = {c["type"]: c for c in status.get("conditions") or ()}
     state = status.get("state") or "Pending"
     state = state if state in STATES else OTHER
-    per_worker = int((spec.get("distribution") or {}).get("gpusPerWorker") or 1)
+    per_worker = whole((spec.get("distribution") or {}).get("gpusPerWorker") or 1)
     attempts = status.get("attempts") or ()
     runs = tuple(_run(attempt, per_worker) for attempt in attempts)
     version = meta.get("resourceVersion", "")
     created = _seconds(meta["creationTimestamp"]) or 0.0
     return Sight(
-        key=(meta["namespace"], meta["name"]),
+        key=(_label(meta["namespace"]), _label(meta["name"])),
         uid=meta["uid"],
         version=int(version) if version.isdigit() else None,
         created=created,
         state=state,
         reason=_reason(state, conditions),
-        profile=str((attempts[-1].get("profile") if attempts else None) or spec.get("profile") or ""),
-        gpus=int((spec.get("distribution") or {}).get("workers") or 1) * per_worker,
+        profile=_label((attempts[-1].get("profile") if attempts else None) or spec.get("profile") or ""),
+        gpus=whole((spec.get("distribution") or {}).get("workers") or 1) * per_worker,
         since=_since(state, created, status, conditions),
         runs=runs,
         training=_training(status.get("trainerStatus")),
         checkpoint=_seconds((status.get("checkpoint") or {}).get("time")),
         completed=_seconds(status.get("completionTime")),
-        published_bytes=int((status.get("result") or {}).get("sizeBytes") or 0),
+        published_bytes=whole((status.get("result") or {}).get("sizeBytes") or 0),
     )
 
 
@@ -166,8 +166,8 @@ def moved(raw: Object) -> Moved | None:
 
 def _run(attempt: Object, per_worker: int) -> Run:
     return Run(
-        number=int(attempt["number"]),
-        gpus=int(attempt.get("gpus") or (attempt.get("workers") or 0) * per_worker),
+        number=whole(attempt["number"]),
+        gpus=whole(attempt.get("gpus") or (attempt.get("workers") or 0) * per_worker),
         started=_seconds(attempt.get("startTime")),
         ended=_seconds(attempt.get("completionTime")),
         outcome=_outcome(attempt.get("outcome")),
@@ -178,21 +178,34 @@ def _run(attempt: Object, per_worker: int) -> Run:
 def _training(told: Object | None) -> Training | None:
     if not told:
         return None
-    progress, remaining = told.get("progressPercentage"), told.get("estimatedRemainingSeconds")
+    progress = _amount(told.get("progressPercentage"))
     return Training(
         attempt=_count(told.get("attempt")),
         phase=told.get("phase") or "",
         step=_count(told.get("step")),
         total_steps=_count(told.get("totalSteps")),
-        progress=None if progress is None else float(progress) / 100,
-        remaining_seconds=None if remaining is None else float(remaining),
+        progress=None if progress is None else progress / 100,
+        remaining_seconds=_amount(told.get("estimatedRemainingSeconds")),
         reported=_seconds(told.get("lastUpdatedTime")),
         metrics=dict(_figures(told)),
     )
 
 
 def _count(value: Any) -> int | None:
-    return None if value is None else int(value)
+    return None if value is None else whole(value)
+
+
+def _amount(value: Any) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise ValueError("it must be finite")
+    return None if value is None else float(value)
+
+
+def _label(value: Any) -> str:
+    """As Prometheus takes it: text that UTF-8 can write. Raises ValueError."""
+    text = str(value)
+    text.encode()
+    return text
 
 
 def _figures(told: Object) -> list[tuple[str, float]]:
@@ -211,9 +224,10 @@ def _reason(state: str, conditions: Mapping[str, Object]) -> str:
     """What is wrong: a failure, a job that is not accepted, pods that cannot run."""
     if state == "Complete":
         return ""
-    for kind in ("Failed", "Accepted", "Running"):
+    for kind in ("Failed", "Stalled", "Accepted", "Running"):
         condition = conditions.get(kind)
-        if condition and (condition["status"] == "True") == (kind == "Failed") and (why := _known(condition["reason"])):
+        bad = kind in ("Failed", "Stalled")
+        if condition and (condition["status"] == "True") == bad and (why := _known(condition["reason"])):
             return why
     return ""
 
@@ -246,4 +260,4 @@ def _since(state: str, created: float, status: Object, conditions: Mapping[str, 
 
 
 def _seconds(text: str | None) -> float | None:
-    return datetime.datetime.fromisoformat(text).timestamp() if text else None
+    return parse_time(text).timestamp() if text else None

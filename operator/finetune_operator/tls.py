@@ -36,16 +36,24 @@ class TlsFiles:
     key: Path
     ca: Path
 
-    def context(self) -> ssl.SSLContext:
-        """A context for a server, TLS 1.2 or newer."""
+    def context(self, client_ca: Path | None = None) -> ssl.SSLContext:
+        """A context for a server, TLS 1.2 or newer; with `client_ca` only for clients with a certificate of it.
+
+        Raises TlsError where `client_ca` cannot be used.
+        """
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        self.load(context)
-        return context
-
-    def load(self, context: ssl.SSLContext) -> None:
-        """Puts the files into a context, also into one in use: its next connections are served with them."""
+        # A resumed session shows no certificate that could be checked, and every connection here has one request.
+        context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_RENEGOTIATION
+        context.num_tickets = 0
         context.load_cert_chain(self.certificate, self.key)
+        if client_ca:
+            try:
+                context.load_verify_locations(cafile=client_ca)
+            except OSError as error:
+                raise TlsError(f"{client_ca}: not usable as the authority of client certificates: {error}") from error
+            context.verify_mode = ssl.CERT_REQUIRED
+        return context
 
     def version(self) -> tuple[bytes, bytes]:
         """What changes when the certificate or the authority does."""

@@ -62,7 +62,8 @@ class Line:
         self._books: dict[str, _Book] = {}
         self._profiles: dict[Key, str] = {}
         """Of the claims that are known."""
-        self._told: set[Key] = set()
+        self._told: dict[str, set[Key]] = {}
+        """By profile."""
 
     def note(self, key: Key, claim: Claim | None) -> None:
         """How a job stands; None: it holds nothing and waits for nothing."""
@@ -97,11 +98,14 @@ class Line:
             f"profile {claim.profile!r} lets be used at a time"
         )
 
-    def ready(self) -> list[Key]:
-        """Jobs that wait and might start by now; each is told once, until it is no longer so."""
-        found = {key for book in self._books.values() for key in book.turns()}
-        new = sorted(found - self._told)
-        self._told = found
+    def profiles(self) -> list[str]:
+        return list(self._books)
+
+    def ready(self, profile: str) -> list[Key]:
+        """Jobs that wait under a profile and might start by now; each is told once, until it is no longer so."""
+        found = set(self._books[profile].turns())
+        new = sorted(found - self._told.get(profile, set()))
+        self._told[profile] = found
         return new
 
 

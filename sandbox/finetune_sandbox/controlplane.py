@@ -126,6 +126,7 @@ class ControlPlane:
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         api_port, etcd_port, etcd_peer_port = _free_ports(3)
         self.url = f"https://127.0.0.1:{api_port}"
+        self._etcd_url = f"https://127.0.0.1:{etcd_port}"
         self.ca = self.directory / "ca.crt"
         self.kubeconfig = self.directory / "kubeconfig"
         self._token = secrets.token_urlsafe(32)
@@ -181,6 +182,18 @@ class ControlPlane:
         await apiserver.stop()
         apiserver.start()
         await self._wait_ready()
+
+    async def compact(self) -> None:
+        """Makes etcd forget all that was before now. The API server keeps its own recent history until it restarts."""
+        trust = ssl.create_default_context(cafile=str(self.directory / "etcd-ca.crt"))
+        trust.load_cert_chain(self.directory / "etcd.crt", self.directory / "etcd.key")
+        async with aiohttp.ClientSession(self._etcd_url, connector=aiohttp.TCPConnector(ssl=trust)) as session:
+            # etcd's JSON has bytes in base64 and 64-bit numbers as texts.
+            async with session.post("/v3/kv/range", json={"key": "AA=="}, raise_for_status=True) as answer:
+                revision = (await answer.json(content_type=None))["header"]["revision"]
+            body = {"revision": revision, "physical": True}
+            async with session.post("/v3/kv/compaction", json=body, raise_for_status=True) as answer:
+                await answer.read()
 
     def check(self) -> None:
         """Raises ControlPlaneError, with the end of its log, if a program has ended by itself."""

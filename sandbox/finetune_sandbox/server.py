@@ -6,6 +6,7 @@ import asyncio
 import copy
 import json
 import logging
+import math
 import ssl
 from collections.abc import Mapping
 from dataclasses import replace
@@ -377,12 +378,26 @@ async def _body(request: web.BaseRequest) -> Any:
         if kind in ("application/yaml", "application/apply-patch+yaml"):
             return yaml.load(bytes(raw), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         if kind.endswith("json") or kind == "application/octet-stream":
-            return json.loads(raw)
-    except (ValueError, yaml.YAMLError) as error:
+            return json.loads(raw, parse_int=_whole, parse_constant=_no_number)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise bad_request(f"the request body cannot be decoded: {error}") from error
     if kind == "application/vnd.kubernetes.protobuf":
         return protobuf.decode(bytes(raw))
     raise ApiError(415, "UnsupportedMediaType", f"the sandbox reads JSON and YAML, not {kind}")
+
+
+def _whole(text: str) -> int | float:
+    """As Go reads it into an object without a type: an int64, else a float. Raises ValueError."""
+    if len(text) < 19 or -(2**63) <= int(text) < 2**63:
+        return int(text)
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"a number of {len(text)} digits is out of range")
+    return number
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no JSON")
 
 
 def answer(body: Obj, code: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:

@@ -29,6 +29,7 @@ from finetune_sandbox.binder import Binder
 from finetune_sandbox.client import Client, Resource
 from finetune_sandbox.controlplane import ControlPlane, assets_from_environment
 from finetune_sandbox.jobs import JobController
+from finetune_sandbox.logformat import configure_logging
 from finetune_sandbox.logs import NodeLogs
 from finetune_sandbox.node import Node
 from finetune_sandbox.s3 import S3, Credentials
@@ -318,7 +319,7 @@ def stop_background(directory: Path) -> bool:
 
 def main() -> None:
     """`python -m finetune_sandbox.up DIRECTORY [--resource=NAME=QUANTITY …]`: what start_background starts."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    configure_logging()
     resources = dict(word.removeprefix("--resource=").split("=", 1) for word in sys.argv[2:])
     serve(Path(sys.argv[1]), resources)
 

@@ -16,6 +16,12 @@ ADAPTER = "integration/test_prepare_adapter.py::"
 READER = "unit/test_data_readers.py::"
 PREPARE = "integration/test_prepare.py::"
 STREAM = "integration/test_train_streaming.py::"
+ATTACKS = "integration/test_prepare_attacks.py::"
+BAD_MODEL = f"{ATTACKS}test_a_model_that_breaks_a_library_is_refused"
+BAD_FILE = f"{ATTACKS}test_a_file_that_breaks_a_library_is_refused"
+BAD_TEMPLATE = f"{ATTACKS}test_a_template_that_does_harm_is_refused"
+BOMB = f"{READER}test_a_bomb_takes_little_time_and_memory"
+RENDERING = "unit/test_template_attacks.py::test_a_rendering_ends_in_time_and_takes_little_memory"
 
 BROKEN = {
     # Files of data
@@ -44,7 +50,36 @@ BROKEN = {
     "a pretty JSON array": f"{FILE}[a pretty JSON array]",
     "an unknown kind of file": f"{FILE}[an unknown kind]",
     "an empty file": f"{FILE}[an empty file]",
+    "a gzip file of many members": f"{BAD_FILE}[a gzip file of many members]",
+    "long lines in gzip": f"{BOMB}[long lines]",
+    "a long line in zstd": f"{BOMB}[a long line in zstd]",
+    "empty lines without end": f"{READER}test_empty_lines_without_end_are_refused",
+    "a CSV of a million columns": f"{BAD_FILE}[a CSV of a million columns]",
+    "a row of a CSV without end": f"{READER}test_a_row_of_a_csv_over_many_lines_is_bounded",
+    "a parquet file of many columns": f"{BAD_FILE}[more columns than there can be]",
+    "a parquet file of rows of nothing": f"{BAD_FILE}[rows of nothing]",
+    "a parquet page that lies": f"{BOMB}[a value of a page that lies]",
+    "a value that a parquet file repeats": f"{BOMB}[a value that is repeated]",
+    "two parquet columns of one name": f"{BAD_FILE}[two columns of one name]",
+    "a prefix of too many objects": f"{ATTACKS}test_a_prefix_of_too_many_objects_is_refused",
     # Rows
+    "a reference of half a character": f"{BAD_FILE}[half a character in a reference]",
+    "a column's name of half a character": f"{BAD_FILE}[half a character in a column's name]",
+    "an integer of a million digits": f"{BAD_FILE}[an integer of a million digits]",
+    "a million keys": f"{BAD_FILE}[a million keys]",
+    "lists without end": f"{BOMB}[a pattern of lists]",
+    "deep JSON in a text": f"{BAD_FILE}[tools that are deep]",
+    "parquet text that is not UTF-8": f"{BAD_FILE}[text of parquet that is not UTF-8]",
+    "a date that Python does not know": f"{BAD_FILE}[a date before all dates]",
+    # Templates
+    "a template that runs for ever": f"{BAD_TEMPLATE}[a macro that calls itself twice]",
+    "a template that fills the memory": f"{BAD_TEMPLATE}[a text that doubles]",
+    "a template of an unknown codec": f"{BAD_TEMPLATE}[an unknown codec]",
+    "a template of many parentheses": f"{BAD_TEMPLATE}[many parentheses]",
+    "a loop that calls itself": f"{RENDERING}[a loop that is called in itself]",
+    "a set block that doubles": f"{RENDERING}[a set block]",
+    "a width": f"{RENDERING}[a width]",
+    "lists that hold the same lists": f"{RENDERING}[lists that hold the same lists]",
     "invalid JSON": f"{FILE}[invalid JSON]",
     "a key that stands twice": f"{FILE}[a key that stands twice]",
     "deep nesting": f"{FILE}[deep nesting]",
@@ -94,6 +129,21 @@ BROKEN = {
     "a broken tokeniser": f"{MODEL}[a broken tokenizer]",
     "a broken chat template": f"{MODEL}[a broken chat template]",
     "no end of sequence": f"{MODEL}[no end of sequence]",
+    "a chat template that runs for ever": f"{BAD_MODEL}[a chat template that calls itself twice]",
+    "a chat template of 3,000 parentheses": f"{BAD_MODEL}[a chat template of 3,000 parentheses]",
+    "a chat template that is a number": f"{BAD_MODEL}[a chat template that is a number]",
+    "a normalizer that makes a gigabyte of a letter": f"{BAD_MODEL}[a normalizer that makes a gigabyte of a letter]",
+    "a pattern that looks back without end": f"{BAD_MODEL}[a pattern that looks back without end]",
+    "merges of tokens that are missing": f"{BAD_MODEL}[merges of tokens that are missing]",
+    "a special token of half a character": f"{BAD_MODEL}[an end of half a character]",
+    "a negative width of a head": f"{BAD_MODEL}[a negative width of a head]",
+    "a vocabulary of 400 digits": f"{BAD_MODEL}[a vocabulary of 400 digits]",
+    "a billion of layers": f"{BAD_MODEL}[a billion of layers]",
+    "a width that is NaN": f"{BAD_MODEL}[a width that is NaN]",
+    "a flag that is a text": f"{BAD_MODEL}[a flag that is a text]",
+    "a config that is deep": f"{BAD_MODEL}[a config that is deep]",
+    "a safetensors header that is deep": f"{BAD_MODEL}[a header that is deep]",
+    "a safetensors header that says it is large": f"{BAD_MODEL}[a header that says it is large]",
     # Adapters
     "an adapter of another base model": f"{ADAPTER}test_an_adapter_of_another_model_is_refused",
     "an adapter of another kind": f"{ADAPTER}test_another_tuning_is_refused",

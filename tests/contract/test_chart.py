@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import re
+from datetime import timedelta
 from typing import Any
 
 import helm_python.chart as helm
@@ -33,6 +35,7 @@ ANYTHING = {
         "metrics": {"podMonitor": {"enabled": True, "bearerTokenSecret": {"name": "prometheus", "key": "token"}}}
     },
     "signing": {"signing": {"existingSecret": "key"}},
+    "client certificate": {"admission": {"webhook": {"clientCertificate": {"configMap": "c", "names": ["a"]}}}},
     "five": {"replicas": 5, "podDisruptionBudget": {"minAvailable": 4}},
     "no budget": {"podDisruptionBudget": {"enabled": False}},
 }
@@ -143,7 +146,7 @@ def test_the_certificates_account_sees_one_secret_and_one_webhook() -> None:
     rules = list(rules_of(render(), "ft-certificates"))
     for where, rule in rules:
         assert where == "finetune-system" or rule["resources"] == ["validatingwebhookconfigurations"]
-        assert rule["verbs"] == ["create"] or rule["resourceNames"] in (["ft-tls"], ["ft"])
+        assert rule["verbs"] == ["create"] or rule["resourceNames"] in (["ft-tls", "ft-webhook"], ["ft"])
     assert {(*rule["resources"], *rule["verbs"]) for _, rule in rules} == {
         ("secrets", "create"),
         ("secrets", "get", "update"),
@@ -226,7 +229,7 @@ def test_the_certificate_is_for_both_services_and_the_pods_do_not_get_the_author
     for source in SOURCES:
         manifests = render(switched(False, 2, source, True, True, False))
         (deployment,) = of_kind(manifests, "Deployment")
-        (volume,) = (v["secret"] for v in deployment["spec"]["template"]["spec"]["volumes"] if "secret" in v)
+        (volume,) = (v["secret"] for v in deployment["spec"]["template"]["spec"]["volumes"] if v["name"] == "tls")
         assert volume["secretName"] == ("mine" if source == "Secret" else "ft-tls")
         assert [item["key"] for item in volume["items"]] == ["tls.crt", "tls.key", "ca.crt"]
         names = {f"{service['metadata']['name']}.finetune-system.svc" for service in of_kind(manifests, "Service")}
@@ -234,12 +237,55 @@ def test_the_certificate_is_for_both_services_and_the_pods_do_not_get_the_author
             (job,) = of_kind(manifests, "Job")
             arguments = job["spec"]["template"]["spec"]["containers"][0]["args"]
             assert names <= {a.removeprefix("--host=") for a in arguments}
-            assert "--secret=finetune-system/ft-tls" in arguments
+            assert {"--namespace=finetune-system", "--certificate=ft-tls"} <= set(arguments)
         if source == "CertManager":
             assert names <= set(certificate(manifests)["spec"]["dnsNames"])
             assert certificate(manifests)["spec"]["secretName"] == "ft-tls"
             (configuration,) = of_kind(manifests, "ValidatingWebhookConfiguration")
             assert configuration["metadata"]["annotations"] == {"cert-manager.io/inject-ca-from": "finetune-system/ft"}
+
+
+def test_the_webhooks_path_is_in_a_secret_that_every_source_keeps_and_in_no_manifest() -> None:
+    for source in SOURCES:
+        manifests = render(switched(False, 2, source, True, True, False))
+        # What is not in the release is not taken back by an upgrade.
+        assert all("path" not in webhook["clientConfig"]["service"] for webhook in webhooks(manifests))
+        for pod in pods(manifests)[1:]:
+            (container,) = pod["spec"]["containers"]
+            assert {"--webhook=ft", "--paths=ft-webhook"} <= set(container["args"])
+            assert ("--certificate=ft-tls" in container["args"]) == (source == "Job")
+        (deployment,) = of_kind(manifests, "Deployment")
+        volumes = {v["name"]: v.get("secret") for v in deployment["spec"]["template"]["spec"]["volumes"]}
+        assert volumes["webhook"]["secretName"] == "ft-webhook"
+        names = [name for _, rule in rules_of(manifests, "ft-certificates") for name in rule.get("resourceNames", ())]
+        assert set(names) == {"ft", "ft-webhook", *(["ft-tls"] if source == "Job" else [])}
+    # Where there is nothing to keep, nobody may write a Secret.
+    assert of_kind(render(switched(False, 2, "CertManager", True, False, False)), "CronJob") == []
+
+
+def test_the_path_takes_its_steps_by_the_schedule() -> None:
+    """Each run waits until all have seen the one before; an hour is longer than a path has no successor."""
+    from finetune_operator.webhook_paths import LIFETIME, SETTLED
+
+    (cron,) = of_kind(render(), "CronJob")
+    assert re.fullmatch(r"\d+ \* \* \* \*", cron["spec"]["schedule"]), "hourly"
+    assert SETTLED < LIFETIME < timedelta(hours=1)
+
+
+def test_a_client_certificate_is_asked_for_where_its_authority_is_named() -> None:
+    from finetune_operator.settings import Settings
+
+    given = {"configMap": "api-client", "key": "bundle.pem", "names": ["kube-apiserver", "webhooks"]}
+    (deployment,) = of_kind(render({"admission": {"webhook": {"clientCertificate": given}}}), "Deployment")
+    pod = deployment["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    settings = Settings.from_environment({e["name"]: e.get("value", "pod-a") for e in container["env"]})
+    assert settings.admission_client_names == ("kube-apiserver", "webhooks")
+    (volume,) = (v["configMap"] for v in pod["volumes"] if "configMap" in v)
+    assert volume == {"name": "api-client", "items": [{"key": "bundle.pem", "path": "ca.crt"}]}
+    places = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+    assert places[str(settings.admission_client_ca.parent)] == "webhook-clients"  # type: ignore[union-attr]
+    assert places[str(settings.admission_paths.parent)] == "webhook"  # type: ignore[union-attr]
 
 
 def certificate(manifests: list[dict[str, Any]]) -> dict[str, Any]:
@@ -361,6 +407,7 @@ def test_what_is_measured_is_in_the_release() -> None:
         {"certificates": {"source": "Vault"}},
         {"admission": {"webhook": {"timeoutSeconds": 5}}},
         {"admission": {"webhook": {"failurePolicy": "Ignore"}}},
+        {"admission": {"webhook": {"clientCertificate": {"names": ["two words"]}}}},
         {"replicas": 0},
         {"watchNamespaces": ["a", "a"]},
         {"defaultProfile": {"create": True}},

@@ -135,16 +135,30 @@ GUARDS = (
     ),
     Guard(
         "an API server that is away is waited for",
-        f"{OPERATOR}/handlers.py",
+        f"{OPERATOR}/reflector.py",
         "BACKOFFS = (1, 1, 2, 3, 5, 8, 13, *(20,) * 60)",
         "BACKOFFS = (1, 1, 2, 3, 5, 8, 13)",
         (f"{OUTAGES}::test_ten_minutes_without_an_api_server_end_no_process_and_deaf_watches_are_noticed_in_two",),
     ),
     Guard(
         "a request that is refused for now is made again",
-        f"{OPERATOR}/cluster.py",
+        f"{OPERATOR}/connection.py",
         "RETRIED = (429, 502, 503, 504)",
         "RETRIED = ()",
         ("tests/unit/test_cluster.py::test_it_waits_as_long_as_it_is_told_to",),
+    ),
+    Guard(
+        "no name leads a request to another resource",
+        f"{OPERATOR}/paths.py",
+        'or "/" in name or "%" in name',
+        "",
+        ("tests/unit/test_odd_names.py::test_no_name_leads_a_request_elsewhere",),
+    ),
+    Guard(
+        "a list is read in parts of bounded size",
+        f"{OPERATOR}/cluster.py",
+        "most = PAGE_BYTES if limit > 1 else LARGEST",
+        "most = 1 << 40",
+        ("tests/unit/test_cluster.py::test_no_part_of_a_list_is_larger_than_allowed",),
     ),
 )

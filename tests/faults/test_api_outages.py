@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from finetune_api.failures import Reason
-from finetune_operator import handlers
+from finetune_operator import handlers, reflector
 from finetune_operator.settings import Settings
 from finetune_sandbox.controlplane import ControlPlane, assets_from_environment
 from support.api import Api
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 MINUTE, NOTICED, ASSETS = 60, 120, assets_from_environment()
-PATIENT = CONSTANTS | {"finetune_operator.handlers.BACKOFFS": [0.5] * 120}
+PATIENT = CONSTANTS | {"finetune_operator.reflector.BACKOFFS": [0.5] * 120}
 """As long as the real ones are, against outages that are as much shorter."""
 
 
 def test_ten_minutes_without_an_api_server_end_no_process_and_deaf_watches_are_noticed_in_two() -> None:
     settings = Settings()
-    assert sum(handlers.BACKOFFS) > 10 * MINUTE
+    assert sum(reflector.BACKOFFS) > 10 * MINUTE
     assert settings.stale_seconds > 10 * MINUTE
     # The last pause, and what the request itself may take.
-    assert max(handlers.BACKOFFS) + handlers.ANSWER_SECONDS < NOTICED
-    assert handlers.SILENCE_SECONDS + handlers.ANSWER_SECONDS < NOTICED
+    assert max(reflector.BACKOFFS) + handlers.ANSWER_SECONDS < NOTICED
+    assert reflector.SILENCE_SECONDS + handlers.ANSWER_SECONDS < NOTICED
     assert settings.resync_seconds + settings.api_timeout_seconds / 2 < NOTICED
 
 

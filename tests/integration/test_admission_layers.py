@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 
-from finetune_operator.admission import PATH
 from support import admitting, escapes
-from support.admitting import registered, tenant, webhook_server
+from support.admitting import PATH, registered, tenant, webhook_server
 from support.api import Answer, Api, Object
 from support.escapes import Escape
 from support.manifests import job_manifest

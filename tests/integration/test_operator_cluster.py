@@ -110,7 +110,9 @@ async def test_lists_are_whole_though_they_come_in_pages(
 
 async def test_an_event_that_comes_again_is_counted(kube: KubeCluster, api: Api, job: Object) -> None:
     subject = Subject.read(job)
-    told = event(subject, Note("Warning", "Hung", "attempt 0: no step in 300 s"), utc_now())
+    told = event(
+        subject.namespace, subject.name, subject.uid, Note("Warning", "Hung", "attempt 0: no step in 300 s"), utc_now()
+    )
     for _ in range(3):
         await kube.post_event(told)
     [found] = await api.items(f"/api/v1/namespaces/{subject.namespace}/events", fieldSelector="reason=Hung")

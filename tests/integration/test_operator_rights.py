@@ -16,6 +16,7 @@ from finetune_api.failures import EXIT_CODES, Reason, TerminationMessage
 from finetune_api.profile import DEFAULT_ANNOTATION
 from finetune_operator.plan import KEEP_ENDED
 from support import rights
+from support.admitting import PATH, paths_file
 from support.api import Api, Object
 from support.charting import render
 from support.manifests import job_manifest
@@ -151,7 +152,7 @@ async def review(folder: Path, port: int, job: Object) -> None:
     }
     body = json.dumps({"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "request": request})
     trust = ssl.create_default_context(cafile=str(folder / "ca.crt"))
-    url = f"https://127.0.0.1:{port}/validate"
+    url = f"https://127.0.0.1:{port}{PATH}"
     async with (
         aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=trust)) as session,
         session.post(url, data=body) as response,
@@ -177,6 +178,7 @@ async def test_the_chart_grants_what_a_run_needs_and_nothing_else(
         operator = Operator(tmp_path, proxy, namespace)
         scene = Scene(api, namespace, release, operator, proxy)
         settings = {name: str(port) for name, port in ports.items()}
+        settings["ADMISSION_PATHS"] = str(paths_file(tmp_path / "tls"))
         await operator.start(LEASE=f"{namespace}/{release}", LEASE_SECONDS="1", RESYNC_SECONDS="2", **settings)
         try:
             await live(scene, ports["PROGRESS_PORT"])

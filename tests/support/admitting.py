@@ -4,6 +4,7 @@ import base64
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from finetune_operator.admission import AdmissionOptions, AdmissionServer
 from finetune_operator.cluster import KubeCluster
 from finetune_operator.metrics import Metrics
 from finetune_operator.profiles import Profiles
+from finetune_operator.webhook_paths import Entry
+from finetune_operator.webhook_paths import render as render_paths
 from support.api import Api, Object
 from support.charting import of_kind, render
 
@@ -23,11 +26,23 @@ PLURALS = {
 RBAC = "/apis/rbac.authorization.k8s.io/v1"
 
 
+PATH = "/validate/" + "p" * 43
+"""What the API server is told, and nobody else."""
+
+
+def paths_file(folder: Path) -> Path:
+    """The file that tells the operator of PATH; it lies beside `folder`, which is the certificate's."""
+    file = folder.parent / f"{folder.name}-paths.json"
+    file.write_bytes(render_paths([Entry(PATH, datetime.now(UTC))]))
+    return file
+
+
 @asynccontextmanager
 async def webhook_server(
     cluster: KubeCluster, folder: Path, **options: Any
 ) -> AsyncIterator[tuple[AdmissionServer, Metrics]]:
-    """The webhook's server on a port of the kernel's choice; its authority is `folder`/ca.crt."""
+    """The webhook's server on a port of the kernel's choice; its authority is `folder`/ca.crt, and PATH its path."""
+    options = {"paths_file": paths_file(folder)} | options
     given = AdmissionOptions(folder, ("127.0.0.1",), host="127.0.0.1", port=0, **options)
     metrics = Metrics()
     server = AdmissionServer(cluster, Profiles(cluster), given, metrics)

@@ -26,6 +26,7 @@ from support.waiting import eventually
 if TYPE_CHECKING:
     from finetune_sandbox.up import Sandbox
 
+MOUNTS = "/etc/finetune-operator"
 JOBS, PODS = f"/apis/batch/v1/namespaces/{NAMESPACE}/jobs", f"/api/v1/namespaces/{NAMESPACE}/pods"
 
 
@@ -105,9 +106,9 @@ class Release:
         found = await self.api.items(PODS, labelSelector="app.kubernetes.io/name=finetune-certificates")
         return next((pod for pod in found if pod["status"].get("phase") == "Pending"), None)
 
-    async def secret(self) -> dict[str, str]:
-        """The files of the certificates' Secret."""
-        path = f"/api/v1/namespaces/{NAMESPACE}/secrets/{RELEASE}-tls"
+    async def secret(self, name: str = f"{RELEASE}-tls") -> dict[str, str]:
+        """The files of a Secret of the release; by default the certificate's."""
+        path = f"/api/v1/namespaces/{NAMESPACE}/secrets/{name}"
         data = (await self.api.get(path)).must(200)["data"]
         return {name: base64.b64decode(value).decode() for name, value in data.items()}
 
@@ -140,17 +141,13 @@ class Release:
 
     async def _start(self, pod: Object, number: int, webhook_port: int) -> Replica:
         (container,) = pod["containers"]
-        (wanted,) = (volume["secret"] for volume in pod["volumes"] if "secret" in volume)
         folder = self.folder / f"replica-{number}"
-        folder.mkdir(exist_ok=True)
-        files = await self.secret()
-        for item in wanted["items"]:
-            (folder / item["path"]).write_text(files[item["key"]])
+        await self._mount(pod, folder)
         health = unused_port()
         # An API server leaves an empty value out.
         given = {e["name"]: f"replica-{number}" if "valueFrom" in e else e.get("value", "") for e in container["env"]}
+        given = {name: value.replace(MOUNTS, str(folder)) for name, value in given.items()}
         own = given | {
-            "FINETUNE_OPERATOR_TLS_FOLDER": str(folder),
             "FINETUNE_OPERATOR_ADMISSION_PORT": str(webhook_port),
             "FINETUNE_OPERATOR_PROGRESS_PORT": str(unused_port()),
             "FINETUNE_OPERATOR_METRICS_PORT": str(unused_port()),
@@ -168,6 +165,22 @@ class Release:
                 sys.executable, *container["command"][1:], env=environment, stdout=output, stderr=output
             )
         return Replica(process, log, health)
+
+    async def _mount(self, pod: Object, folder: Path) -> None:
+        """The pod's Secrets as files, of each no more than its items."""
+
+        def write(place: Path, files: Mapping[str, str]) -> None:
+            place.mkdir(parents=True, exist_ok=True)
+            for name, text in files.items():
+                (place / name).write_text(text)
+
+        (container,) = pod["containers"]
+        places = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+        for volume in pod["volumes"]:
+            if wanted := volume.get("secret"):
+                files = await self.secret(wanted["secretName"])
+                place = Path(places[volume["name"]].replace(MOUNTS, str(folder)))
+                write(place, {item["path"]: files[item["key"]] for item in wanted["items"]})
 
     async def _environment(self, account: str, own: Mapping[str, str]) -> dict[str, str]:
         kubeconfig = yaml.safe_load(self.cluster.kubeconfig.read_text())

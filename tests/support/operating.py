@@ -21,6 +21,7 @@ from kubernetes.aio.config.kube_config import load_kube_config
 from finetune_api.failures import TerminationMessage
 from finetune_operator.reconcile import utc_now
 from support.api import Api, Object
+from support.confined import Confinement
 from support.manifests import job_manifest
 from support.waiting import eventually
 from support.world import PREPARED, RESULT, rfc3339
@@ -78,6 +79,9 @@ class Proxy:
                     await self.victim.wait()
             response = web.StreamResponse(status=answer.status)
             response.content_type = answer.content_type
+            # What it passes on as it came: an API server compresses what is long.
+            if "Content-Encoding" in answer.headers:
+                response.headers["Content-Encoding"] = answer.headers["Content-Encoding"]
             with contextlib.suppress(ConnectionError):  # the operator hung up, or was killed
                 await response.prepare(request)
                 async for chunk in answer.content.iter_any():
@@ -93,6 +97,8 @@ class Operator:
     proxy: Proxy
     namespace: str
     process: asyncio.subprocess.Process | None = None
+    confinement: Confinement | None = None
+    """The memory cgroup that it is started in."""
 
     def environment(self, **settings: str) -> dict[str, str]:
         """Its variables; its kubeconfig is written."""
@@ -111,10 +117,11 @@ class Operator:
 
     async def start(self, **settings: str) -> None:
         environment = self.environment(**settings)
+        command: tuple[str, ...] = (sys.executable, "-m", "finetune_operator")
+        if self.confinement:
+            command = self.confinement.command(*command)
         with self.log.open("ab") as output:
-            self.process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "finetune_operator", env=environment, stdout=output, stderr=output
-            )
+            self.process = await asyncio.create_subprocess_exec(*command, env=environment, stdout=output, stderr=output)
         self.proxy.victim = self.process
 
     @property

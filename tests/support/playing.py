@@ -37,8 +37,8 @@ SETTINGS = {
 CONSTANTS = {
     "finetune_operator.attempts.BACKOFF_SECONDS": 1.0,
     "finetune_operator.handlers.ANSWER_SECONDS": 2.0,
-    "finetune_operator.handlers.SILENCE_SECONDS": 2.0,
-    "finetune_operator.handlers.BACKOFFS": [0.1, 0.2, 0.3, 0.5] * 8,
+    "finetune_operator.reflector.SILENCE_SECONDS": 2.0,
+    "finetune_operator.reflector.BACKOFFS": [0.1, 0.2, 0.3, 0.5] * 8,
 }
 """Minutes as seconds: attempts' and watches' pauses."""
 PROFILE = "faults"

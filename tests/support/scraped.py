@@ -132,3 +132,5 @@ def everything(metrics: Metrics) -> None:
     metrics.report("accepted")
     metrics.progress_write("written")
     metrics.review("allowed")
+    metrics.connection("webhook", "seated")
+    metrics.request_failed("webhook")

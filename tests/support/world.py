@@ -139,6 +139,9 @@ class World:
             return next((p for p in self.profiles if p["metadata"]["name"] == name), None)
         return copy.deepcopy(self.objects.get((kind, name)))
 
+    async def get_whole(self, kind: str, namespace: str | None, name: str) -> Object | None:
+        return await self.get(kind, namespace, name)
+
     async def list_children(self, kind: str, namespace: str, job: str) -> list[Object]:
         if kind in self.unreachable:
             raise ApiError(0, "Unreachable", "connection refused")

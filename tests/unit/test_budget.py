@@ -14,7 +14,11 @@ from finetune_api.profile import Budget, FineTuneProfile, Usage
 from finetune_operator.budgeting import remaining
 from finetune_operator.budgets import Budgets
 from finetune_operator.meter import Run, count
-from support.world import START, Object, World, make_job, make_profile, rfc3339, started
+from finetune_operator.observe import Census
+from finetune_operator.profiles import Profiles
+from finetune_operator.reconcile import glance
+from finetune_operator.turns import Line
+from support.world import CONTEXT, START, Object, World, make_job, make_profile, rfc3339, started
 
 UTC = datetime.UTC
 MONTH = datetime.datetime(2026, 3, 1, tzinfo=UTC)
@@ -261,3 +265,23 @@ async def test_metrics_tell_what_was_spent_by_the_last_look() -> None:
     del world.profiles[0]["spec"]["budget"]
     await look()
     assert list(look.budgets.accounts(world.now)) == []
+
+
+async def test_a_budget_that_nobody_can_spend_overflows_no_date() -> None:
+    world = await started(priced(2**53))
+    await world.settle()
+    assert world.state == "Running"
+
+
+async def test_a_gang_that_the_status_has_lost_is_looked_at_under_a_budget() -> None:
+    world = await started(priced(2.0))
+    world.later(60)
+    world.job["status"] = {}
+    census = Census()
+    for (kind, _), raw in world.objects.items():
+        meta = raw["metadata"] | {"namespace": "team-a"}
+        if kind == "Job":
+            census.add_job(raw)
+        if kind == "Pod":
+            census.add_pod(raw | {"metadata": meta})
+    assert await glance(world.job, census, CONTEXT, Profiles(world), Line()) is None, "there is something to do"

@@ -2,6 +2,8 @@
 
 import gzip
 import io
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -12,6 +14,7 @@ import pytest
 from finetune_api.failures import FineTuneError
 from finetune_trainer.data import readers
 from finetune_trainer.data.readers import Row, kind_of, place, read_parquet, read_stream
+from support.limited import limited
 
 
 @pytest.mark.parametrize(
@@ -68,6 +71,97 @@ def test_of_a_line_of_a_gigabyte_only_the_beginning_is_read(name: str) -> None:
     with pytest.raises(FineTuneError, match=r"line 1: the line has more than 16,777,216 bytes"):
         list(read_stream(cast(BinaryIO, io.BufferedReader(stream, 2**20)), f"s3://b/{name}"))
     assert stream.count <= readers.LINE_LIMIT + 2 * 2**20
+
+
+def test_a_row_of_a_csv_over_many_lines_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "LINE_LIMIT", 1000)
+    monkeypatch.setattr(readers, "ROW_SLACK", 0)
+    with pytest.raises(FineTuneError, match=r"x\.csv line \d+: invalid CSV \(one row has more than 1,000 bytes"):
+        list(read_stream(io.BytesIO(b"a,b\n1,2\n" + b'"\n",' * 1000), "s3://b/x.csv"))
+
+
+def test_short_rows_of_a_csv_are_no_long_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "LINE_LIMIT", 1000)
+    monkeypatch.setattr(readers, "ROW_SLACK", 0)
+    assert len(list(read_stream(io.BytesIO(b"a,b\n" + b"1,2\n" * 1000), "s3://b/x.csv"))) == 1000
+
+
+def test_empty_lines_without_end_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "BLANK", 1000)
+    rows = read_stream(io.BytesIO(b'{"a": 1}\n' + b"\n" * 900 + b'{"a": 1}\n' + b"\n" * 1100), "s3://b/x.jsonl")
+    with pytest.raises(FineTuneError, match=r"x\.jsonl line 1903: more than 1,000 empty lines follow each other"):
+        list(rows)
+
+
+def test_a_key_that_stands_twice_among_many_is_found_at_once() -> None:
+    line = b"{" + b", ".join(b'"k%d": 1' % (i % 199_999) for i in range(200_000)) + b"}"
+    ended = limited(lambda: [row.problem for row in read_stream(io.BytesIO(line), "s3://b/x.jsonl")], seconds=20)
+    assert ended.answer == ["invalid JSON: the key 'k0' stands twice in one object"]
+
+
+BOMBS: dict[str, tuple[str, Callable[[], bytes]]] = {
+    "a long line": ("x.jsonl.gz", lambda: packed(b'{"a": "', b"x" * 2**20, 300)),
+    "long lines": ("x.jsonl.gz", lambda: packed(b"", b'{"a": "' + b"x" * 2**20 + b'"}\n', 300)),
+    "many members": ("x.jsonl.gz", lambda: gzip.compress(b" " * 2**20) * 1024),
+    "a long line in zstd": ("x.jsonl.zst", lambda: pa.compress(b"x" * 2**28, "zstd", asbytes=True) * 4),
+    "a pattern of lists": ("x.jsonl", lambda: b'{"a": [' + b"[]," * 2_000_000 + b"[]]}\n"),
+    "a value of a page that lies": ("x.parquet", lambda: lying()),
+    "a value that is repeated": ("x.parquet", lambda: repeated()),
+    "nothing, again and again": ("x.parquet", lambda: table(pa.table({"a": pa.nulls(50_000_000, pa.int8())}))),
+    "lists in lists": ("x.parquet", lambda: table(pa.table({"a": [nested(60)]}))),
+}
+
+
+def packed(head: bytes, piece: bytes, times: int) -> bytes:
+    file = io.BytesIO()
+    with gzip.GzipFile(fileobj=file, mode="wb", compresslevel=1) as stream:
+        stream.write(head)
+        for _ in range(times):
+            stream.write(piece)
+    return file.getvalue()
+
+
+def table(value: pa.Table, **options: Any) -> bytes:
+    file = io.BytesIO()
+    pq.write_table(value, file, **options)
+    return file.getvalue()
+
+
+def repeated() -> bytes:
+    values = pa.DictionaryArray.from_arrays(pa.array([0] * 4000, pa.int32()), pa.array(["x" * 2**20]))
+    return table(pa.table({"a": values}), dictionary_pagesize_limit=2**30)
+
+
+def lying() -> bytes:
+    """A page whose header says that it holds 2 GiB."""
+    data = table(pa.table({"a": ["x" * 1000]}), use_dictionary=False, compression="snappy")
+    start = data.index(b"\x15", 4)
+    # A page's header begins with its kind and its unpacked size: a number of seven bits a byte.
+    return data[: start + 3] + b"\xfe\xff\xff\xff\x0f" + data[start + 5 :]
+
+
+def nested(depth: int) -> Any:
+    value: Any = ["x"]
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(("name", "data"), BOMBS.values(), ids=BOMBS.keys())
+def test_a_bomb_takes_little_time_and_memory(name: str, data: Callable[[], bytes], tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(data())
+
+    def work() -> str:
+        pa.set_memory_pool(pa.system_memory_pool())
+        if name.endswith(".parquet"):
+            rows = read_parquet(path, f"s3://b/{name}")
+        else:
+            rows = read_stream(cast(BinaryIO, path.open("rb")), f"s3://b/{name}")
+        return f"{sum(1 for _ in rows)} rows"
+
+    ended = limited(work, megabytes=900, seconds=60)
+    assert re.match(r"FineTuneError: s3://b/x.*: |1 rows$", ended.answer), ended.answer
 
 
 def test_fields_of_a_csv_may_hold_line_ends_and_quotes() -> None:

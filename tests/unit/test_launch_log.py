@@ -18,6 +18,17 @@ def test_an_event_is_one_line_of_json(capsys: pytest.CaptureFixture[str], monkey
     assert found["time"].endswith("Z")
 
 
+def test_half_a_character_is_written_as_its_escape(capsys: pytest.CaptureFixture[str]) -> None:
+    log.event("saved", where="\ud800")
+    assert json.loads(capsys.readouterr().out)["where"] == "\ud800"
+
+
+def test_words_on_a_terminal_are_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    log.event("saved", where="a\nerror: failed\x1b[2J\ud800 ü")
+    assert capsys.readouterr().out == "saved where=a\\nerror: failed\\x1b[2J\\ud800 ü\n"
+
+
 def test_progress_without_a_terminal_is_lines_at_intervals_and_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
     progress = log.Progress("pull", 10, "bytes", every=3600)
     for _ in range(5):

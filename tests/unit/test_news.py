@@ -218,7 +218,10 @@ def test_a_job_that_somebody_labelled_like_ours_is_not_read(attempt: str) -> Non
     """One that cannot be read would end the look at everybody's."""
     labels = {"finetune.dev/job-name": "j", "finetune.dev/attempt": attempt}
     assert child_of({"metadata": {"namespace": "a", "name": "x", "labels": labels}}) is None
-    assert child_of({"metadata": {"namespace": "a", "name": "x", "labels": labels | {"finetune.dev/attempt": "3"}}})
+    ours = {"namespace": "a", "name": "x", "labels": labels | {"finetune.dev/attempt": "3"}}
+    assert child_of({"metadata": ours}) is None
+    owner = {"kind": "FineTuneJob", "uid": "u", "controller": True}
+    assert child_of({"metadata": ours | {"ownerReferences": [owner]}}) == ("a", "j")
 
 
 async def test_annotations_that_somebody_changed_keep_nobody_from_being_read() -> None:

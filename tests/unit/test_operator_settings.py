@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from finetune_operator.__main__ import JsonFormatter, PlainFormatter, main, operate
+from finetune_operator.__main__ import main, operate
+from finetune_operator.logformat import JsonFormatter, PlainFormatter
 from finetune_operator.news import job_fingerprint
 from finetune_operator.settings import Settings
 from support.world import make_job
@@ -30,6 +31,20 @@ def test_the_environment_is_read_and_the_rest_of_it_is_not_ours() -> None:
 def test_a_wrong_setting_is_refused(environment: dict[str, str]) -> None:
     with pytest.raises(ValidationError):
         Settings.from_environment(environment)
+
+
+@pytest.mark.parametrize("given", [{}, {"ADMISSION_CLIENT_NAMES": "kube-apiserver"}])
+def test_a_webhook_that_cannot_tell_who_calls_does_not_start(
+    given: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"ADMISSION_PORT": "9443", **given}.items():
+        monkeypatch.setenv(f"FINETUNE_OPERATOR_{name}", value)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert str(caught.value) == (
+        "FINETUNE_OPERATOR_ADMISSION_PORT: found 9443 and nothing that tells the API server from a stranger; "
+        "set FINETUNE_OPERATOR_ADMISSION_PATHS or FINETUNE_OPERATOR_ADMISSION_CLIENT_CA"
+    )
 
 
 def test_a_wrong_setting_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,10 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_api.progress import CheckpointStatus, Metric, TrainerStatus
+from finetune_operator.buckets import Buckets
 from finetune_operator.progress_state import (
     MAX_METRICS,
     MAX_SAMPLES,
-    Buckets,
     JobKey,
     ProgressBook,
     Sample,

@@ -59,6 +59,11 @@ def test_an_expression_gives_a_number(source: str, value: float) -> None:
         ("10 ** 10 ** 10", "`**` is allowed with small numbers only"),
         ("1.5|round(1000000000)", "`round` takes -16 to 16 digits"),
         ("(" * 1000 + "1" + ")" * 1000, "it cannot be compiled (RecursionError)"),
+        ("(" * 3000 + "1" + ")" * 3000, "it cannot be compiled (RecursionError)"),
+        ("[" * 3000 + "]" * 3000, "it cannot be compiled (RecursionError)"),
+        ("1" * 5000, "it cannot be compiled (ValueError)"),
+        ("'\ud800'", "it gives a text; a number or a truth value is wanted"),
+        ("1 if completion else " * 500 + "1", "it cannot be compiled"),
         ("-" * 2000 + "1", "it cannot be compiled (RecursionError)"),
         # Mistakes.
         ("", "unexpected 'end of template'"),

@@ -125,7 +125,10 @@ class Expression:
             self._template = env.from_string(tree)
         except TemplateError as error:
             raise BadExpression(str(error.message)) from error
-        except (SyntaxError, RecursionError, MemoryError, ValueError, OverflowError) as error:
+        except BadExpression:
+            raise
+        except Exception as error:
+            # Jinja writes Python, whose compiler has limits of its own.
             raise BadExpression(f"it cannot be compiled ({type(error).__name__})") from error
 
     def __call__(self, prompt: str, completion: str, reference: str | None) -> float:
@@ -138,9 +141,9 @@ class Expression:
             return _number(context.vars["result"])
         except TemplateError as error:
             raise BadExpression(str(error.message or type(error).__name__)) from error
-        except (
-            TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError
-        ) as error:  # fmt: skip
+        except BadExpression:
+            raise
+        except Exception as error:
             raise BadExpression(f"{type(error).__name__}: {error}") from error
 
 

@@ -6,23 +6,32 @@ import os
 import sys
 import threading
 import time
+import traceback
 from typing import Any
+
+from finetune_api.printable import indented, printable
 
 
 def event(name: str, level: str = "info", **fields: Any) -> None:
     """Write one event. Fields must be JSON values; what is not is written as its `str`."""
     rank = os.environ.get("RANK")
     if sys.stdout.isatty():
-        words = " ".join(f"{key}={value}" for key, value in fields.items())
+        words = printable(" ".join(f"{key}={value}" for key, value in fields.items()))
         line = f"{name} {words}".rstrip() if level == "info" else f"{level}: {name} {words}".rstrip()
     else:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         head: dict[str, Any] = {"time": now, "level": level, "event": name}
         if rank is not None:
             head["rank"] = int(rank)
-        line = json.dumps(head | fields, default=str, ensure_ascii=False)
+        line = json.dumps(head | fields, default=str)
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
+
+
+def stack(error: BaseException) -> None:
+    """Write the stack of a mistake of ours to stderr, indented: what it quotes cannot pass for a line of its own."""
+    sys.stderr.write(indented("".join(traceback.format_exception(error)).rstrip()) + "\n")
+    sys.stderr.flush()
 
 
 class Progress:

@@ -1,18 +1,21 @@
 """The base model from the pod's disk, whole or quantised."""
 
+import contextlib
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch.distributed import DistError
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
 
 from finetune_api.failures import FineTuneError, Reason
 from finetune_api.job import FineTuneJobSpec
 from finetune_api.run import Devices
 from finetune_api.tuning import Tuning
+from finetune_trainer.outcome import one_line
 
 Task = Literal["CAUSAL_LM", "SEQ_CLS"]
 """In peft's words: a language model, or one score or class for a sequence by a new head."""
@@ -32,8 +35,26 @@ def dtype_of(spec: FineTuneJobSpec, devices: Devices) -> torch.dtype:
     return DTYPES[wanted]
 
 
+@contextlib.contextmanager
+def reading(what: str, folder: Path) -> Iterator[None]:
+    """Says of whatever a library raises over a tenant's files that they are the cause. Raises ModelInvalid.
+
+    What the machine lacks, or another rank, is none of their fault and passes.
+    """
+    try:
+        yield
+    except (FineTuneError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError, DistError):
+        raise
+    except Exception as error:
+        text = str(error).replace(f"{folder}{os.sep}", "").replace(str(folder), "the model").strip()
+        text = f"{type(error).__name__}: {text}" if " " not in text else text
+        raise FineTuneError(Reason.MODEL_INVALID, f"{what}: {one_line(text.partition(chr(10))[0])}") from error
+
+
 def load_tokenizer(path: Path) -> Any:
-    return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    """Raises ModelInvalid."""
+    with reading("the tokenizer cannot be loaded", path):
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 
 def attention_of(dtype: torch.dtype, devices: Devices) -> Literal["flash_attention_2", "sdpa"]:
@@ -68,7 +89,7 @@ def load_model(
     on_gpu = device is not None and device.type == "cuda"
     scores = task == "SEQ_CLS"
     kind = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
-    try:
+    with reading("the base model cannot be loaded", path):
         model = kind.from_pretrained(
             path,
             **(head_of(classes) if scores else {}),
@@ -81,9 +102,6 @@ def load_model(
             trust_remote_code=False,
             quantization_config=quantization,
         )
-    except (OSError, ValueError, KeyError) as error:
-        text = str(error).replace(f"{path}{os.sep}", "").replace(str(path), "the model").strip().split("\n")[0]
-        raise FineTuneError(Reason.MODEL_INVALID, f"the base model cannot be loaded: {text}") from error
     if quantization:
         for module in model.modules():
             # bitsandbytes would repack the weights at the first evaluation, for a kernel that rounds to bfloat16.

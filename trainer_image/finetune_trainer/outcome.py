@@ -4,6 +4,7 @@ The file's time is the moment of the failure: a rank that failed first may well 
 """
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -11,6 +12,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from finetune_api.failures import EXIT_CODES, FineTuneError, Reason, TerminationMessage
+from finetune_api.printable import printable
+from finetune_trainer import log
+
+_UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class Outcome(NamedTuple):
@@ -39,15 +44,20 @@ def read_outcome(path: Path) -> Outcome | None:
         return None
 
 
+def one_line(text: str) -> str:
+    """The text as a part of a sentence, fit for a log and for JSON: without line ends, controls and surrogates."""
+    return _UNFIT.sub("\ufffd", " ".join(text.splitlines()))[:2000]
+
+
 def failure_of(error: BaseException) -> TerminationMessage:
     """The message for what ended a program; what is no FineTuneError is RankFailed, named with its place."""
     if isinstance(error, FineTuneError):
         return TerminationMessage(
-            reason=error.reason, message=str(error)[:2048], exit_code=EXIT_CODES.get(error.reason, 1)
+            reason=error.reason, message=one_line(str(error)), exit_code=EXIT_CODES.get(error.reason, 1)
         )
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    text = f"{type(error).__name__}: {error}"[:1900] + place
+    text = one_line(f"{type(error).__name__}: {error}")[:1900] + place
     return TerminationMessage(reason=Reason.RANK_FAILED, message=text, exit_code=EXIT_CODES[Reason.RANK_FAILED])
 
 
@@ -58,8 +68,8 @@ def guarded(main: Callable[[], None], path: Path) -> int:
     except Exception as error:
         write_outcome(path, message := failure_of(error))
         if not isinstance(error, FineTuneError):
-            traceback.print_exc()
+            log.stack(error)
         else:
-            print(f"{error.reason}: {error}", file=sys.stderr, flush=True)
+            print(printable(f"{error.reason}: {error}"), file=sys.stderr, flush=True)
         return message.exit_code
     return 0

@@ -15,12 +15,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+
 from finetune_api.failures import EXIT_CODES, FineTuneError, Reason, TerminationMessage
 from finetune_api.job import FineTuneJobSpec
 from finetune_api.manifest import FileEntry
 from finetune_api.run import Outline, PinnedObject, PreparedData, PreparedSummary, RunConfig, Shard, Split, StageSummary
 from finetune_api.stages import STAGE_URI, EffectiveStage, effective
 from finetune_trainer import log, preflight
+from finetune_trainer.confined import confined
 from finetune_trainer.data.adapter import inspect_adapter
 from finetune_trainer.data.basemodel import BaseModel, digest, for_tuning, inspect
 from finetune_trainer.data.pipeline import Pipeline
@@ -62,7 +65,16 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def prepare(config: RunConfig) -> TerminationMessage:
-    """Raises FineTuneError with the field, file and line of what is wrong."""
+    """Raises FineTuneError with the field, file and line of what is wrong.
+
+    All of it happens in a process of its own: what a tenant's files make of a library ends that one alone.
+    """
+    return confined(lambda: _prepare(config))
+
+
+def _prepare(config: RunConfig) -> TerminationMessage:
+    # Arrow's own pool takes a gibibyte at once, which says nothing of what is needed.
+    pa.set_memory_pool(pa.system_memory_pool())
     data_uri = join(config.scratch_uri, "data")
     folder = WorkDir.from_env().root / "prepare"
     with Store(config.storage) as store:
@@ -197,11 +209,8 @@ def _for_generating(
     files: list[PinnedObject] = []
     if teacher:
         asked = config.spec.base_model.model_copy(update={"uri": teacher.uri, "adapter_uri": None})
-        try:
-            files = inspect(store, config.spec.model_copy(update={"base_model": asked})).files
-        except FineTuneError as error:
-            field = f"spec.stages[{stage.number}].generate.teacher.uri"
-            raise FineTuneError(error.reason, str(error).replace("spec.baseModel.uri", field)) from error
+        field = f"spec.stages[{stage.number}].generate.teacher.uri"
+        files = inspect(store, config.spec.model_copy(update={"base_model": asked}), field).files
     return {"seeds": FileEntry(key=SEEDS, size=size, sha256=sha256), "teacher": files}
 
 
@@ -297,7 +306,7 @@ def _report(config: RunConfig, model: BaseModel, reports: list[DatasetReport]) -
         "maxLength": min(config.spec.training.max_length, model.shape.max_positions),
         "datasets": [report.to_json() for report in reports],
     }
-    return json.dumps(value, ensure_ascii=False, indent=1).encode()
+    return json.dumps(value, ensure_ascii=False, indent=1).encode(errors="backslashreplace")
 
 
 def _index(

@@ -14,7 +14,7 @@ from finetune_api.stages import reward_stage
 from finetune_trainer.distributed import Ranks
 from finetune_trainer.expressions import expressions_of
 from finetune_trainer.methods.scoring import Scoring
-from finetune_trainer.model import attention_of, dtype_of, load_model
+from finetune_trainer.model import attention_of, dtype_of, load_model, reading
 from finetune_trainer.rewards import Rewards
 from finetune_trainer.start import StageRun, Start, make_result_ready, result_of
 from finetune_trainer.storage import Store
@@ -26,7 +26,8 @@ class RewardModel:
         with without_partitioning():
             model = load_model(start.model, dtype, attention, device, task="SEQ_CLS")
             if start.adapter:
-                model = PeftModel.from_pretrained(model, start.adapter, local_files_only=True)
+                with reading("the reward model cannot be loaded", start.adapter):
+                    model = PeftModel.from_pretrained(model, start.adapter, local_files_only=True)
         self.model: Any = model.to(device).eval().requires_grad_(False)
         self._scoring = Scoring(model.config)
 
@@ -61,7 +62,8 @@ def load_rewards(run: StageRun, store: Store, ranks: Ranks) -> Rewards:
     ranks.barrier()
     judge, dtype = judge_of(run), dtype_of(spec, devices)
     model = RewardModel(judge, dtype, attention_of(dtype, devices), ranks.device) if judge else None
-    tokenizer = Tokenizer.from_file(str(run.start.model / "tokenizer.json"))
+    with reading("the tokenizer cannot be loaded", run.start.model):
+        tokenizer = Tokenizer.from_file(str(run.start.model / "tokenizer.json"))
     return Rewards(tokenizer, expressions_of(spec.method), model)
 
 

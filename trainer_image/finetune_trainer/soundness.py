@@ -6,6 +6,7 @@ import torch
 from safetensors import safe_open
 
 from finetune_api.failures import FineTuneError, Reason
+from finetune_trainer.model import reading
 
 KINDS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 """Of other types, quantised ones, every value is a number."""
@@ -18,7 +19,7 @@ def check_finite(folder: Path, field: str, rank: int = 0, ranks: int = 1) -> Non
     """
     place = 0
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
+        with reading(f"{field}: {path.name} cannot be read", folder), safe_open(path, framework="pt") as file:
             names = file.keys()
             for name in names:
                 place += 1

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 
+from finetune_api.printable import printable
+
 TAIL_LINES, LINE_LENGTH = 40, 400
 WATCH_SECONDS = 1.0
 _FORWARDED = (signal.SIGTERM, signal.SIGINT)
@@ -185,7 +187,7 @@ class Supervisor:
         # What never ends a line (a bar that rewrites itself) must not grow without bound.
         child.unfinished = child.unfinished[-65536:]
         for line in lines:
-            text = _ANSI.sub("", line.rpartition(b"\r")[2].decode(errors="replace")).strip()
+            text = _plain(line).strip()
             if text:
                 child.tail.append(text[:LINE_LENGTH])
         if not child.name:
@@ -195,7 +197,7 @@ class Supervisor:
             lead = b"\n" if self._line_open else b""
             self._line_open = False
             prefix = f"[{child.name}] ".encode()
-            sys.stdout.buffer.write(lead + b"".join(prefix + line + b"\n" for line in lines))
+            sys.stdout.buffer.write(lead + b"".join(prefix + _plain(line).encode() + b"\n" for line in lines))
         sys.stdout.buffer.flush()
 
     def _close(self, child: Child) -> None:
@@ -206,6 +208,12 @@ class Supervisor:
         child.pipe = -1
         if child.unfinished:
             self._show(child, b"\n")
+
+
+def _plain(line: bytes) -> str:
+    """A line as it was left on a terminal, without colours and with nothing else that a terminal would obey."""
+    text = line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="replace")
+    return printable(_ANSI.sub("", text).expandtabs())
 
 
 def _noted(number: int, frame: FrameType | None) -> None:

@@ -1,7 +1,6 @@
 """The container's last word: one TerminationMessage where the kubelet looks for it, and the exit code that agrees."""
 
 import os
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,7 +40,7 @@ def run(program: Callable[[RunConfig], TerminationMessage]) -> int:
     except Exception as error:
         message = failure_of(error)
         if not isinstance(error, FineTuneError):
-            traceback.print_exc()
+            log.stack(error)
     message = message.model_copy(update={"node": os.environ.get("FINETUNE_NODE_NAME"), **_moved()})
     write_termination(message)
     if message.reason is None:

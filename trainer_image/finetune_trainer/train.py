@@ -10,7 +10,6 @@ The launcher has pulled everything and set RANK and its like, and FINETUNE_STAGE
 import logging
 import os
 import sys
-import traceback
 import warnings
 from typing import Any
 
@@ -242,7 +241,7 @@ def main() -> int:
             train(run, signals, reporter, end)
     except Exception as error:
         if not isinstance(error, FineTuneError):
-            traceback.print_exc()
+            log.stack(error)
         write_outcome(work.outcome(rank), message := end.message(rank, error))
         log.event("rank ended", level="error", reason=message.reason, message=message.message, step=message.step)
         reporter.close()

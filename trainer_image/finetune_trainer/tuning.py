@@ -12,7 +12,7 @@ from transformers.trainer_utils import set_seed
 
 from finetune_api.failures import FineTuneError, Reason
 from finetune_api.tuning import Freeze, LoRA, Tuning
-from finetune_trainer.model import Task, trained_parameters
+from finetune_trainer.model import Task, reading, trained_parameters
 from finetune_trainer.state import Tensors
 
 
@@ -85,12 +85,8 @@ def tune(
 
 
 def _start_from(peft: Any, directory: Path) -> None:
-    try:
+    with reading("spec.baseModel.adapterUri: it does not fit", directory):
         result = set_peft_model_state_dict(peft, load_file(directory / "adapter_model.safetensors"))
-    except (RuntimeError, KeyError) as error:
-        raise FineTuneError(
-            Reason.MODEL_INVALID, f"spec.baseModel.adapterUri: it does not fit: {str(error).splitlines()[0]}"
-        ) from error
     # peft loads a prompt apart from the rest, and counts it as unexpected there.
     if strange := sorted({*result.unexpected_keys} - {"prompt_embeddings"}):
         raise FineTuneError(

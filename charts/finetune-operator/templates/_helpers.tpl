@@ -31,6 +31,11 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end -}}
 {{- end -}}
 
+{{- /* The Secret of the webhook's unguessable paths. */ -}}
+{{- define "finetune.pathsSecret" -}}
+{{ include "finetune.name" . }}-webhook
+{{- end -}}
+
 {{- /* The names that the operator's servers are called by; the first is for people. */ -}}
 {{- define "finetune.hosts" -}}
 {{- $name := include "finetune.name" . -}}

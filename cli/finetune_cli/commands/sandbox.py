@@ -77,18 +77,17 @@ def status(directory: str) -> int:
 @options.directory
 def node(kubeconfig: Path | None, name: str, resources: tuple[str, ...], bind: bool, directory: str) -> None:
     """Serve any other cluster with a process node, until interrupted."""
-    import logging
-
     import aiohttp
     from kubernetes.aio.config import ConfigException
 
     from finetune_sandbox import node as nodes
     from finetune_sandbox.client import ApiError
+    from finetune_sandbox.logformat import configure_logging
 
     for resource in resources:
         if "=" not in resource:
             raise click.BadParameter(f"{resource!r} is not NAME=QUANTITY", param_hint="--resource")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    configure_logging()
     capacity = dict(resource.split("=", 1) for resource in resources)
     try:
         nodes.serve(kubeconfig, name, capacity, Path(directory).resolve() / "node", bind)

@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetune_api.configkeys import check_adapter_config
-from finetune_api.failures import FineTuneError, Reason
+from finetune_api.failures import Reason
 from finetune_api.job import FineTuneJobSpec
 from finetune_api.manifest import MANIFEST_KEY, Manifest
 from finetune_api.modelfiles import Tensor, features, invalid, targeted
 from finetune_api.run import PinnedObject
 from finetune_api.sizing import ModelShape
 from finetune_api.tuning import LoRA, Tuning
-from finetune_trainer.data.basemodel import SMALL, BaseModel, header_of
+from finetune_trainer.confined import during
+from finetune_trainer.data.basemodel import SMALL, BaseModel, header_of, list_files, naming
 from finetune_trainer.publish import read_manifest
 from finetune_trainer.storage import Store, join
 
@@ -29,13 +30,13 @@ def inspect_adapter(store: Store, spec: FineTuneJobSpec, model: BaseModel) -> li
     """
     if spec.base_model.adapter_uri is None:
         return []
-    prefix = spec.base_model.adapter_uri.rstrip("/") + "/"
-    try:
-        listed = {item.uri.removeprefix(prefix) for item in store.list(prefix)}
+    prefix, field = spec.base_model.adapter_uri.rstrip("/") + "/", "spec.baseModel.adapterUri"
+    with during(Reason.MODEL_INVALID, field), naming(field):
+        listed = list_files(store, prefix)
         for name in (CONFIG, WEIGHTS):
             if name not in listed:
                 raise invalid(f"{prefix} has no {name}; adapters in peft's format are supported, safetensors only")
-        names = [CONFIG, WEIGHTS, *({MANIFEST_KEY} & listed)]
+        names = [CONFIG, WEIGHTS, *({MANIFEST_KEY} & set(listed))]
         pins = dict(zip(names, store.pin_all([join(prefix, name) for name in names]), strict=True))
         if MANIFEST_KEY in pins:
             check_manifest(read_manifest(store, pins[MANIFEST_KEY].uri), pins, model.sha256, prefix)
@@ -47,11 +48,6 @@ def inspect_adapter(store: Store, spec: FineTuneJobSpec, model: BaseModel) -> li
         check_adapter_config(known, pins[CONFIG].uri)
         check_config(known, spec.tuning, prefix)
         check_tensors(header_of(store, pins[WEIGHTS]), expected(spec.tuning, model.linears, model.shape), prefix)
-    except FineTuneError as error:
-        if error.reason == Reason.INVALID_SPEC:
-            raise
-        reason = Reason.MODEL_INVALID if error.reason == Reason.DATA_INVALID else error.reason
-        raise FineTuneError(reason, f"spec.baseModel.adapterUri: {error}") from error
     return list(pins.values())
 
 

@@ -1,8 +1,11 @@
 """The base model as `prepare` sees it: its small files and the headers of its weights, never the weights themselves."""
 
+import contextlib
 import hashlib
+import itertools
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
@@ -23,14 +26,32 @@ from finetune_api.modelfiles import (
 from finetune_api.run import PinnedObject
 from finetune_api.sizing import ModelShape
 from finetune_api.tuning import Tuning
+from finetune_trainer import log
+from finetune_trainer.confined import during
+from finetune_trainer.data.configvalues import check_numbers, check_values
+from finetune_trainer.data.formats import BadRow, half_characters, is_text
 from finetune_trainer.data.readers import POINTER
-from finetune_trainer.data.templates import DEFAULT_CHAT_TEMPLATE, BadTemplate, ChatTemplate
+from finetune_trainer.data.templates import DEFAULT_CHAT_TEMPLATE, BadTemplate, ChatTemplate, Costly
 from finetune_trainer.data.tokenise import Encoder
 from finetune_trainer.storage import Store
 
 SMALL = 64 * 2**20
-HEADER = 100 * 2**20
-"""Bytes; the limit that the safetensors library has too."""
+HEADER = 32 * 2**20
+"""Bytes of a safetensors header: those of some hundred thousand tensors."""
+FILES = 10_000
+"""Objects below a model's prefix."""
+SAMPLES = (
+    "".join(map(chr, range(32, 127))),
+    "The quick brown fox\njumps over\t13 lazy dogs. ünï 漢字 😀\r\n",
+    "a" * 60 + "!",
+    " " * 60 + "x",
+    "0" * 60 + ".",
+    "\n" * 60,
+)
+"""Short texts that every tokenizer must read; those that repeat a letter show patterns that look back without end."""
+MOST_TOKENS = 4096
+"""Tokens of a sample: byte by byte it has some hundreds."""
+CONVERSATION = ({"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A model."})
 # What training and publishing need; all else below the prefix (other formats' weights, pictures) stays where it is.
 MODEL_FILES = {
     "config.json",
@@ -44,6 +65,7 @@ MODEL_FILES = {
     "merges.txt",
     "tokenizer.model",
 }
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -70,22 +92,37 @@ def digest(pins: list[PinnedObject], prefix: str) -> str:
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
-def inspect(store: Store, spec: FineTuneJobSpec) -> BaseModel:
-    """Raises ModelInvalid with the file named; StorageDenied and StorageUnavailable with `baseModel` in front."""
+def inspect(store: Store, spec: FineTuneJobSpec, field: str = "spec.baseModel.uri") -> BaseModel:
+    """Raises ModelInvalid with the file named; StorageDenied and StorageUnavailable with `field` in front."""
     prefix = spec.base_model.uri.rstrip("/") + "/"
     if not prefix.startswith("s3://"):
-        raise FineTuneError(Reason.INVALID_SPEC, f"spec.baseModel.uri: found {prefix}; s3:// is supported")
-    try:
-        listed = {item.uri.removeprefix(prefix): item for item in store.list(prefix)}
+        raise FineTuneError(Reason.INVALID_SPEC, f"{field}: found {prefix}; s3:// is supported")
+    with during(Reason.MODEL_INVALID, field, seconds=120.0), naming(field):
+        listed = list_files(store, prefix)
         weights = weight_files(store, listed, prefix)
         wanted = sorted(name for name in listed if name in MODEL_FILES or name in weights)
         files = dict(zip(wanted, store.pin_all([listed[name].uri for name in wanted]), strict=True))
         return _inspect(store, spec, files, weights, prefix)
+
+
+@contextlib.contextmanager
+def naming(field: str) -> Iterator[None]:
+    """Puts the field in front of what is wrong with a model's files, and calls it that."""
+    try:
+        yield
     except FineTuneError as error:
         if error.reason == Reason.INVALID_SPEC:
             raise
         reason = Reason.MODEL_INVALID if error.reason == Reason.DATA_INVALID else error.reason
-        raise FineTuneError(reason, f"spec.baseModel.uri: {error}") from error
+        raise FineTuneError(reason, f"{field}: {error}") from error
+
+
+def list_files(store: Store, prefix: str) -> dict[str, PinnedObject]:
+    """What lies below a model's prefix, by name. Raises ModelInvalid where that is no model's folder."""
+    found = {item.uri.removeprefix(prefix): item for item in itertools.islice(store.list(prefix), FILES + 1)}
+    if len(found) > FILES:
+        raise invalid(f"{prefix} has more than {FILES:,} objects; a model's folder has its own files alone")
+    return found
 
 
 def weight_files(store: Store, listed: Mapping[str, PinnedObject], prefix: str) -> list[str]:
@@ -98,11 +135,11 @@ def weight_files(store: Store, listed: Mapping[str, PinnedObject], prefix: str) 
         uri = f"{prefix}model.safetensors.index.json"
         try:
             names = sorted(set(json.loads(store.get_bytes(uri, SMALL))["weight_map"].values()), key=str)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise invalid(f"{uri} is not an index of safetensors files") from error
         for name in names:
             if not isinstance(name, str) or "/" in name or not name.endswith(".safetensors"):
-                raise invalid(f"{uri} names {name!r}; a shard is a .safetensors file beside it")
+                raise invalid(f"{uri} names {name!r:.200}; a shard is a .safetensors file beside it")
         missing = [name for name in names if name not in listed]
         if missing:
             raise invalid(f"{uri} names {missing[0]}, which does not exist")
@@ -120,15 +157,11 @@ def _inspect(
 ) -> BaseModel:
     config_uri = f"{prefix}config.json"
     config = parse_config(store.get_bytes(files["config.json"], SMALL), config_uri)
+    check_values(config, config_uri)
     if "tokenizer.json" not in files:
         raise invalid(f"{prefix} has no tokenizer.json; save the model with a fast tokenizer (save_pretrained)")
     tokenizer_uri = f"{prefix}tokenizer.json"
-    try:
-        tokenizer = Tokenizer.from_buffer(store.get_bytes(files["tokenizer.json"], SMALL))
-    except FineTuneError:
-        raise
-    except Exception as error:  # the library raises bare Exception
-        raise invalid(f"{tokenizer_uri} cannot be loaded: {str(error)[:200]}") from error
+    tokenizer = load_tokenizer(store, files["tokenizer.json"])
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
     if largest >= number(config, "vocab_size", config_uri):
         raise invalid(
@@ -140,7 +173,9 @@ def _inspect(
         if name.endswith(".safetensors"):
             tensors |= header_of(store, files[name])
     _check_embedding(tensors, config, prefix)
-    shape = model_shape(config, tensors, spec.tuning, prefix)
+    _check_layers(tensors, config, prefix)
+    with during(Reason.MODEL_INVALID, f"{config_uri} and the weights' headers do not tell the model's shape"):
+        shape = model_shape(config, tensors, spec.tuning, prefix)
     linears = linear_modules(tensors)
     special = _special_tokens(store, files)
     _optional_json(store, files, "generation_config.json")
@@ -149,10 +184,7 @@ def _inspect(
     # A template may write it though the model's files name it by its number alone.
     special.setdefault("eos_token", tokenizer.id_to_token(eos) or "")
     bos = tokenizer.token_to_id(special["bos_token"]) if "bos_token" in special else None
-    try:
-        chat = ChatTemplate(source or DEFAULT_CHAT_TEMPLATE, special)
-    except BadTemplate as error:
-        raise invalid(f"{prefix}: the chat template cannot be compiled: {error}") from error
+    chat = _chat_template(source or DEFAULT_CHAT_TEMPLATE, special, prefix)
     pins = list(files.values())
     return BaseModel(pins, digest(pins, prefix), shape, Encoder(tokenizer, eos, bos), chat, source is not None, linears)
 
@@ -168,6 +200,14 @@ def _check_embedding(tensors: Mapping[str, Tensor], config: Mapping[str, Any], p
             )
 
 
+def _check_layers(tensors: Mapping[str, Tensor], config: Mapping[str, Any], prefix: str) -> None:
+    """A model has no more layers than its weights: transformers would make the others, however many they are."""
+    found = len({match[1] for name in tensors if (match := _LAYER.search(name))})
+    said = number(config, "layers", prefix)
+    if found and said > found:
+        raise invalid(f"{prefix}config.json says that there are {said!r:.40} layers; the weights have {found:,}")
+
+
 def header_of(store: Store, pinned: PinnedObject) -> dict[str, Tensor]:
     """The tensors of a safetensors file, from its header alone. Raises ModelInvalid."""
     length = int.from_bytes(store.get_range(pinned, 0, 8), "little") if pinned.size >= 8 else 0
@@ -175,19 +215,61 @@ def header_of(store: Store, pinned: PinnedObject) -> dict[str, Tensor]:
         if store.get_range(pinned, 0, min(pinned.size, len(POINTER))) == POINTER:
             raise invalid(f"{pinned.uri} is a pointer of Git LFS; upload the file that it stands for")
         raise invalid(f"{pinned.uri} is not a safetensors file: its header would have {length:,} bytes")
-    return parse_header(store.get_range(pinned, 8, length), pinned.size, pinned.uri)
+    header = store.get_range(pinned, 8, length)
+    with during(Reason.MODEL_INVALID, f"{pinned.uri}: its safetensors header cannot be read"):
+        return parse_header(header, pinned.size, pinned.uri)
+
+
+def load_tokenizer(store: Store, pinned: PinnedObject) -> Tokenizer:
+    """A tokenizer that reads short texts in reasonable time and memory. Raises ModelInvalid."""
+    data = store.get_bytes(pinned, SMALL)
+    with during(Reason.MODEL_INVALID, f"{pinned.uri} cannot be loaded"):
+        tokenizer = Tokenizer.from_buffer(data)
+    advice = "its normalizer, pre_tokenizer or post_processor makes much out of little"
+    with during(
+        Reason.MODEL_INVALID, f"{pinned.uri} cannot encode short texts", seconds=20.0, memory=2**30, advice=advice
+    ):
+        for text in SAMPLES:
+            ids = tokenizer.encode(text).ids
+            if len(ids) > MOST_TOKENS:
+                raise invalid(f"{pinned.uri} makes {len(ids):,} tokens of {len(text)} characters; {advice}")
+            tokenizer.decode(ids[:MOST_TOKENS])
+    return tokenizer
+
+
+def _chat_template(source: str, special: Mapping[str, str], prefix: str) -> ChatTemplate:
+    """Raises ModelInvalid where it cannot be compiled, or takes too much on a short conversation already."""
+    try:
+        with during(Reason.MODEL_INVALID, f"{prefix}: the chat template cannot be compiled", seconds=30.0):
+            chat = ChatTemplate(source, special)
+    except BadTemplate as error:
+        raise invalid(f"{prefix}: the chat template cannot be compiled: {error}") from error
+    try:
+        chat.render(CONVERSATION)
+    except Costly as error:
+        raise invalid(f"{prefix}: {error}, on a question of three words and its answer") from error
+    except BadRow:
+        # Templates may refuse conversations: the rows will show which.
+        log.event("the chat template refuses a question with its answer", level="warning")
+    return chat
 
 
 def _optional_json(store: Store, files: Mapping[str, PinnedObject], name: str) -> dict[str, Any]:
     if name not in files:
         return {}
+    data, uri = store.get_bytes(files[name], SMALL), files[name].uri
     try:
-        value = json.loads(store.get_bytes(files[name], SMALL))
-    except ValueError as error:
-        raise invalid(f"{files[name].uri} is not valid JSON") from error
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise invalid(f"{uri} is not valid JSON") from error
     if not isinstance(value, dict):
-        raise invalid(f"{files[name].uri} must be one JSON object")
-    check_beside(value, files[name].uri)
+        raise invalid(f"{uri} must be one JSON object")
+    if half_characters(data) and not is_text(json.dumps(value, ensure_ascii=False)):
+        raise invalid(f"{uri} has half of a surrogate pair, which is no character")
+    check_beside(value, uri)
+    if name == "generation_config.json":
+        # A tokenizer says with 10^30 that its texts have no end.
+        check_numbers(value, uri)
     return value
 
 
@@ -197,19 +279,29 @@ def _special_tokens(store: Store, files: Mapping[str, PinnedObject]) -> dict[str
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         for key, value in _optional_json(store, files, name).items():
             text = value.get("content") if isinstance(value, dict) else value
-            if key.endswith("_token") and isinstance(text, str):
-                found[key] = text
+            if not key.endswith("_token") or isinstance(text, bool | None):
+                # Such as add_bos_token, and a token that there is none of.
+                continue
+            if not isinstance(text, str):
+                raise invalid(f"{files[name].uri}: `{key}` must be a text; found {text!r:.60}")
+            found[key] = text
     return found
 
 
 def _chat_source(store: Store, files: Mapping[str, PinnedObject]) -> str | None:
     """The model's chat template: a file of its own, or the tokeniser's field; of several the one named `default`."""
     if "chat_template.jinja" in files:
-        return store.get_bytes(files["chat_template.jinja"], SMALL).decode()
+        try:
+            return store.get_bytes(files["chat_template.jinja"], SMALL).decode()
+        except UnicodeDecodeError as error:
+            raise invalid(f"{files['chat_template.jinja'].uri}: byte {error.start + 1} is not UTF-8") from error
     value = _optional_json(store, files, "tokenizer_config.json").get("chat_template")
     if isinstance(value, list):
         value = next((t.get("template") for t in value if isinstance(t, dict) and t.get("name") == "default"), None)
-    return value if isinstance(value, str) else None
+    if value is not None and not isinstance(value, str):
+        uri = files["tokenizer_config.json"].uri
+        raise invalid(f"{uri}: `chat_template` must be a text, or a list of them by name; found {value!r:.60}")
+    return value
 
 
 def _eos_id(tokenizer: Tokenizer, special: Mapping[str, str], config: Mapping[str, Any], uri: str) -> int:
@@ -217,7 +309,7 @@ def _eos_id(tokenizer: Tokenizer, special: Mapping[str, str], config: Mapping[st
         return int(known)
     value = config.get("eos_token_id")
     value = value[0] if isinstance(value, list) and value else value
-    if isinstance(value, int) and tokenizer.id_to_token(value) is not None:
+    if type(value) is int and 0 <= value < 2**32 and tokenizer.id_to_token(value) is not None:
         return value
     raise FineTuneError(
         Reason.MODEL_INVALID,

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -47,6 +48,9 @@ UNPAIRED = ("completion", "label")
 RESERVED = "\ufdd0\ufdd1"
 MARK = "\ufdd2"
 """Stands inside of special tokens that a row holds (see guard)."""
+
+
+_HALVES = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class BadRow(Exception):
@@ -259,10 +263,24 @@ def nonempty(text: str, name: str) -> str:
     return text
 
 
+def half_characters(data: bytes) -> bool:
+    """Whether JSON has escapes that may be half of a surrogate pair."""
+    return _HALVES.search(data) is not None
+
+
+def is_text(text: str) -> bool:
+    """Whether it is made of characters alone: JSON can say half of a surrogate pair, which is none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _parsed(text: str, name: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRow(f"`{name}` is text that is not JSON") from error
 
 

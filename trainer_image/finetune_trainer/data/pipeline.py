@@ -12,10 +12,11 @@ from finetune_api.job import FineTuneJobSpec
 from finetune_api.method import GRPO, PPO
 from finetune_api.run import Shard, Split
 from finetune_trainer import log
+from finetune_trainer.confined import during, fault, lane, mark, unmark
 from finetune_trainer.data.augment import SCAN, Passages, Shots
 from finetune_trainer.data.basemodel import BaseModel
 from finetune_trainer.data.classes import Classes
-from finetune_trainer.data.formats import Ambiguous, BadRow, detect
+from finetune_trainer.data.formats import Ambiguous, BadRow, detect, is_text
 from finetune_trainer.data.guard import Guard, Guarded, plain, unmarked
 from finetune_trainer.data.near import sketch
 from finetune_trainer.data.policy import AcrossStages, Candidate, Repeats, refuse
@@ -25,7 +26,7 @@ from finetune_trainer.data.report import SAMPLE, DatasetReport
 from finetune_trainer.data.shards import Encoded, OutlineWriter, ShardWriter, Upload
 from finetune_trainer.data.sources import Source, rows
 from finetune_trainer.data.split import split_of
-from finetune_trainer.data.templates import BadTemplate, RowTemplate
+from finetune_trainer.data.templates import BadTemplate, Costly, RowTemplate
 from finetune_trainer.data.tokenise import Loss, Text, Tokens, lay_out, lay_out_prompt
 from finetune_trainer.storage import Store
 
@@ -97,10 +98,20 @@ class Pipeline:
 
     def run(self, source: Source) -> None:
         """Raises DataInvalid, DataLeakage or InvalidSpec, with field, file and line."""
+        try:
+            self._run(source)
+        except FineTuneError:
+            raise
+        except Exception as error:
+            raise fault(Reason.DATA_INVALID, source.field, error) from error
+        finally:
+            unmark()
+
+    def _run(self, source: Source) -> None:
         report = DatasetReport(source.dataset.name, files=[f.uri for f in source.files], ignored=source.ignored)
         self.reports.append(report)
         writers: dict[Split, ShardWriter] = {}
-        for batch, tokens in self._encoded(_batches(self._placed(source, report))):
+        for batch, tokens in self._encoded(source.field, _batches(self._placed(source, report))):
             for item, found in zip(batch, tokens, strict=True):
                 fitted = self._fit(source, report, item, found)
                 if fitted is None:
@@ -127,12 +138,19 @@ class Pipeline:
         self.outline.close()
         self._progress.close()
 
-    def _encoded(self, batches: Iterator[list[Placed]]) -> Iterator[tuple[list[Placed], list[list[Tokens]]]]:
+    def _encoded(
+        self, field: str, batches: Iterator[list[Placed]]
+    ) -> Iterator[tuple[list[Placed], list[list[Tokens]]]]:
         """Each batch with the tokens of its texts. While one is encoded, the rows of the next are read and laid out."""
 
         def encode(batch: list[Placed]) -> list[list[Tokens]]:
-            encoded = iter(self._model.encoder.encode([text for item in batch for text in item.texts]))
-            return [list(itertools.islice(encoded, len(item.texts))) for item in batch]
+            size = sum(len(text.text) for item in batch for text in item.texts)
+            what = f"{field}: {batch[0].where} to {batch[-1].where}: the model's tokenizer.json cannot encode it"
+            with lane("encode"), during(
+                Reason.DATA_INVALID, what, seconds=30 + 30 * size / 2**20, memory=2 * 2**30 + 1024 * size
+            ):  # fmt: skip
+                encoded = iter(self._model.encoder.encode([text for item in batch for text in item.texts]))
+                return [list(itertools.islice(encoded, len(item.texts))) for item in batch]
 
         with ThreadPoolExecutor(1, "encode") as pool:
             waiting: tuple[list[Placed], Future[list[list[Tokens]]]] | None = None
@@ -178,11 +196,18 @@ class Pipeline:
         for where, row in itertools.chain(peeked, found):
             report.read += 1
             self._progress.add(1)
+            mark(Reason.DATA_INVALID, f"{source.field}: {where}, or what follows it")
             try:
                 placed = self._place(reading, shots, where, row)
+            except Costly as error:
+                raise FineTuneError(Reason.DATA_INVALID, f"{source.field}: {where}: {error}") from error
             except BadRow as error:
                 refuse(self._policy, source, report, where, plain(str(error)))
                 continue
+            except FineTuneError:
+                raise
+            except Exception as error:
+                raise fault(Reason.DATA_INVALID, f"{source.field}: {where}", error) from error
             if placed and not report.sample:
                 report.sample = placed[0].texts[0].text[:SAMPLE]
             yield from placed
@@ -205,6 +230,8 @@ class Pipeline:
         group = slice_of(row.value, source.dataset.columns)
         kind = self._kind_of(source)
         placed = [Placed(where, split, record, self._lay_out(record, kind), group) for record in records]
+        if not all(map(is_text, itertools.chain.from_iterable(map(_texts, placed)))):
+            raise BadRow("the text has half of a surrogate pair, which is no character")
         if guarded.found:
             report.warn("specialTokens", where, f"{guarded.found} is encoded as plain text")
         return placed
@@ -256,6 +283,8 @@ class Pipeline:
                 guarded = self._guarded(row, reading.form)
                 records = self._records(reading, guarded.row)
                 digests = digests_of(records)
+            except Costly as error:
+                raise FineTuneError(Reason.DATA_INVALID, f"{reading.source.field}: {where}: {error}") from error
             except BadRow:
                 # It is told of when its turn comes.
                 continue
@@ -274,11 +303,14 @@ class Pipeline:
 
     def _rows(self, source: Source) -> Iterator[tuple[str, Row]]:
         for pinned in source.files:
+            mark(Reason.DATA_INVALID, f"{source.field}: {pinned.uri}: its first rows cannot be read")
             try:
                 for row in rows(self._store, pinned, self._folder):
                     yield place(pinned.uri, row.number), row
             except FineTuneError as error:
                 raise FineTuneError(error.reason, f"{source.field}: {error}") from error
+            except Exception as error:
+                raise fault(Reason.DATA_INVALID, f"{source.field}: {pinned.uri} cannot be read", error) from error
 
     def _format(self, source: Source, peeked: Iterable[tuple[str, Row]]) -> str:
         form, formats = source.dataset.format, self._formats_of(source)
@@ -359,6 +391,12 @@ def _batches(placed: Iterator[Placed]) -> Iterator[list[Placed]]:
             batch, characters = [], 0
     if batch:
         yield batch
+
+
+def _texts(item: Placed) -> Iterator[str]:
+    """All of a row that goes into a shard."""
+    yield from (text.text for text in item.texts)
+    yield from (text for text in (item.record.label, item.record.reference, item.slice) if text)
 
 
 def _answer_tokens(spec: FineTuneJobSpec) -> int:

@@ -15,6 +15,10 @@ from finetune_trainer.data.digests import Digests
 from finetune_trainer.data.near import NearTexts, Sketch
 from finetune_trainer.data.report import DatasetReport
 from finetune_trainer.data.sources import Source
+from finetune_trainer.outcome import one_line
+
+WHY = 600
+"""Characters that are told of what is wrong with a row."""
 
 
 class Candidate(NamedTuple):
@@ -179,6 +183,7 @@ def _keep_or_drop(report: DatasetReport, row: Candidate, cause: str, said: str, 
 
 def refuse(policy: DataPolicy, source: Source, report: DatasetReport, where: str, why: str) -> None:
     """A row that cannot be used: it never is; Fail ends the job, Warn says so in the log."""
+    why = one_line(why)[:WHY]
     if policy.invalid == "Fail":
         raise FineTuneError(Reason.DATA_INVALID, f"{source.field}: {where}: {why}")
     report.drop("invalid", where, why)

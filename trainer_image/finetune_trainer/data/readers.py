@@ -4,6 +4,7 @@ A row that cannot be used is yielded with its problem, for the data policy to de
 off, another encoding, not what its name says) raises DataInvalid with the line.
 """
 
+import collections
 import csv
 import gzip
 import io
@@ -23,6 +24,14 @@ LINE_LIMIT = 16 * 2**20
 """Bytes of one line, so that a file without line ends does not fill the memory."""
 RATIO, FREE = 200, 64 * 2**20
 """Text packs to a tenth or so: a file that gives more than RATIO bytes for one, after the first FREE, is a bomb."""
+ROW_SLACK = 2**16
+"""Bytes of a CSV file that are read before the row that they follow is told."""
+COLUMNS = 10_000
+"""Of a CSV or parquet file."""
+BLANK = 4_000_000
+"""Empty lines that follow each other: compressed they cost nothing, and reading them takes time."""
+ROWS_FREE = 1_000_000
+"""Rows of a parquet file that may take less than a byte each."""
 DEPTH = 64
 """Lists and objects within each other in one row."""
 POINTER = b"version https://git-lfs.github.com/spec/"
@@ -71,15 +80,59 @@ def read_parquet(path: Path, uri: str) -> Iterator[Row]:
         with pq.ParquetFile(path) as file:
             packed, size, number = path.stat().st_size, 0, 0
             _refuse_bomb(packed, _unpacked(file.metadata), uri)
+            _refuse_shape(file, packed, uri)
             for batch in file.iter_batches(batch_size=_batch_rows(path, file.metadata)):
                 # A value that stands once in a dictionary stands in each of its rows now.
-                size += sum(map(_size, batch.columns))
+                own = sum(map(_size, batch.columns))
+                size += own
                 _refuse_bomb(packed, size, uri)
-                for value in batch.to_pylist():
-                    number += 1
-                    yield Row(number, value)
-    except (pa.ArrowInvalid, OSError) as error:
+                for row in _rows(batch, number, own > LINE_LIMIT):
+                    if row.value and own > LINE_LIMIT and _length(row.value) > LINE_LIMIT:
+                        raise _unreadable(uri, row.number, f"the row has more than {LINE_LIMIT:,} bytes")
+                    yield row
+                number += batch.num_rows
+    except MemoryError:
+        raise
+    except (pa.ArrowException, OSError) as error:
         raise _unreadable(uri, None, f"it is not a readable parquet file ({_short(error)})") from error
+
+
+def _rows(batch: pa.RecordBatch, before: int, one_by_one: bool) -> Iterator[Row]:
+    """Values that Python does not know, such as text that is not UTF-8, are a problem of their row alone."""
+    if not one_by_one:
+        try:
+            values = batch.to_pylist()
+        except (ValueError, OverflowError, TypeError, pa.ArrowException):
+            one_by_one = True
+        else:
+            yield from (Row(before + place, value) for place, value in enumerate(values, 1))
+    if one_by_one:
+        for place in range(batch.num_rows):
+            try:
+                yield Row(before + place + 1, batch.slice(place, 1).to_pylist()[0])
+            except (ValueError, OverflowError, TypeError, pa.ArrowException) as error:
+                yield Row(before + place + 1, {}, f"it has a value that cannot be read ({_short(error)})")
+
+
+def _length(value: Any) -> int:
+    """About as many bytes as a value has in JSON."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_length, value.values()))
+    return sum(map(_length, value)) if isinstance(value, list | tuple) else 8
+
+
+def _refuse_shape(file: pq.ParquetFile, packed: int, uri: str) -> None:
+    """Raises DataInvalid for more columns or rows than a file of such a size can mean."""
+    names = file.schema_arrow.names
+    if len(names) > COLUMNS:
+        raise _unreadable(uri, None, f"it has {len(names):,} columns; at most {COLUMNS:,} are allowed")
+    if len(set(names)) < len(names):
+        twice = next(name for name, count in collections.Counter(names).items() if count > 1)
+        raise _unreadable(uri, None, f"the column {twice!r} stands twice; each must have a name of its own")
+    if (rows := file.metadata.num_rows) > ROWS_FREE + packed:
+        raise _unreadable(uri, None, f"it has {rows:,} rows in {packed:,} bytes; a row takes at least a byte")
 
 
 def _unpacked(metadata: Any) -> int:
@@ -104,6 +157,7 @@ def _batch_rows(path: Path, metadata: Any) -> int:
     largest = 0
     with path.open("rb") as stream:
         for group in map(metadata.row_group, range(metadata.num_row_groups)):
+            largest = max(largest, group.total_byte_size // max(1, group.num_rows))
             columns = [group.column(place) for place in range(group.num_columns)]
             offsets = [column.dictionary_page_offset for column in columns if column.has_dictionary_page]
             largest = max(largest, sum(_page_size(stream, offset) for offset in offsets))
@@ -159,11 +213,11 @@ class _Zstd(io.RawIOBase):
 
 
 def _jsonl(stream: Any, uri: str, packed: _Counted | None = None) -> Iterator[Row]:
-    number = size = 0
+    number = size = blank = 0
     while True:
         try:
             line: bytes = stream.readline(LINE_LIMIT + 1)
-        except (EOFError, gzip.BadGzipFile, zlib.error, OSError) as error:
+        except (EOFError, gzip.BadGzipFile, zlib.error, OSError, pa.ArrowException) as error:
             raise _unreadable(uri, number + 1, f"the compressed data end or break here ({_short(error)})") from error
         if not line:
             return
@@ -175,7 +229,10 @@ def _jsonl(stream: Any, uri: str, packed: _Counted | None = None) -> Iterator[Ro
         if number == 1:
             line = _without_mark(line, uri)
         if line.strip():
+            blank = 0
             yield _object(line, number)
+        elif (blank := blank + 1) > BLANK:
+            raise _unreadable(uri, number, f"more than {BLANK:,} empty lines follow each other")
 
 
 def _object(line: bytes, number: int) -> Row:
@@ -217,9 +274,8 @@ def _too_deep(value: Any) -> bool:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
+        twice, _ = collections.Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {twice!r:.100} stands twice in one object")
     return value
 
 
@@ -238,13 +294,17 @@ def _refuse_pointer(data: bytes, uri: str) -> None:
 
 def _csv(stream: BinaryIO, uri: str) -> Iterator[Row]:
     csv.field_size_limit(LINE_LIMIT)
-    lines = _csv_lines(stream, uri)
+    lines = _Lines(stream, uri)
     reader = csv.reader(lines, strict=True)
     try:
         header = next(reader, [])
         if not header or len(set(header)) != len(header) or not all(name.strip() for name in header):
             raise _unreadable(uri, 1, "the first line must name the columns, each once, separated by commas")
+        if len(header) > COLUMNS:
+            raise _unreadable(uri, 1, f"it names {len(header):,} columns; at most {COLUMNS:,} are allowed")
+        lines.size = 0
         for values in reader:
+            lines.size = 0
             if not values:
                 continue
             if len(values) != len(header):
@@ -255,18 +315,32 @@ def _csv(stream: BinaryIO, uri: str) -> Iterator[Row]:
         raise _unreadable(uri, reader.line_num, f"invalid CSV ({error})") from error
 
 
-def _csv_lines(stream: BinaryIO, uri: str) -> Iterator[str]:
-    number = 0
-    while line := stream.readline(LINE_LIMIT + 1):
-        number += 1
+class _Lines:
+    """The lines of a CSV file: a row may have several, and all of them together no more bytes than one may have."""
+
+    def __init__(self, stream: BinaryIO, uri: str) -> None:
+        self._stream, self._uri, self._number = stream, uri, 0
+        self.size = 0
+        """Bytes since the last row."""
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        if not (line := self._stream.readline(LINE_LIMIT + 1)):
+            raise StopIteration
+        self._number += 1
+        self.size += len(line)
         if len(line) > LINE_LIMIT:
-            raise _unreadable(uri, number, f"the line has more than {LINE_LIMIT:,} bytes")
-        if number == 1:
-            line = _without_mark(line, uri)
+            raise _unreadable(self._uri, self._number, f"the line has more than {LINE_LIMIT:,} bytes")
+        if self.size > LINE_LIMIT + ROW_SLACK:
+            raise _unreadable(self._uri, self._number, f"invalid CSV (one row has more than {LINE_LIMIT:,} bytes)")
+        if self._number == 1:
+            line = _without_mark(line, self._uri)
         try:
-            yield line.decode()
+            return line.decode()
         except UnicodeDecodeError as error:
-            raise _unreadable(uri, number, f"byte {error.start + 1} of the line is not UTF-8") from error
+            raise _unreadable(self._uri, self._number, f"byte {error.start + 1} of the line is not UTF-8") from error
 
 
 def _unreadable(uri: str, number: int | None, why: str) -> FineTuneError:

@@ -5,17 +5,25 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from tokenizers import Tokenizer
-
 from finetune_api.configkeys import check_adapter_config
-from finetune_api.failures import FineTuneError, Reason
+from finetune_api.failures import Reason
 from finetune_api.job import FineTuneJobSpec
 from finetune_api.manifest import MANIFEST_KEY
 from finetune_api.method import ModelRef
 from finetune_api.modelfiles import SCORES, Tensor, invalid, parse_config
 from finetune_api.run import PinnedObject
+from finetune_trainer.confined import during
 from finetune_trainer.data.adapter import CONFIG, WEIGHTS, check_manifest
-from finetune_trainer.data.basemodel import MODEL_FILES, SMALL, BaseModel, header_of, weight_files
+from finetune_trainer.data.basemodel import (
+    MODEL_FILES,
+    SMALL,
+    BaseModel,
+    header_of,
+    list_files,
+    load_tokenizer,
+    naming,
+    weight_files,
+)
 from finetune_trainer.publish import read_manifest
 from finetune_trainer.storage import Store, join
 
@@ -45,12 +53,9 @@ def _inspected(store: Store, named: ModelRef | None, field: str, model: BaseMode
     if named is None:
         return Judge([], 0)
     prefix = named.uri.rstrip("/") + "/"
-    try:
-        listed = {item.uri.removeprefix(prefix): item for item in store.list(prefix)}
+    with during(Reason.MODEL_INVALID, field, seconds=120.0), naming(field):
+        listed = list_files(store, prefix)
         return _adapter(store, listed, model, prefix) if CONFIG in listed else _whole(store, listed, model, prefix)
-    except FineTuneError as error:
-        reason = Reason.MODEL_INVALID if error.reason == Reason.DATA_INVALID else error.reason
-        raise FineTuneError(reason, f"{field}: {error}") from error
 
 
 def _adapter(store: Store, listed: Mapping[str, PinnedObject], model: BaseModel, prefix: str) -> Judge:
@@ -87,8 +92,10 @@ def _check_head(tensors: Mapping[str, Tensor], model: BaseModel | None, prefix: 
     head = next((tensor for name, tensor in tensors.items() if name.endswith(HEADS)), None)
     if head is None:
         raise invalid(f"{prefix} has no head that gives a score ({HEADS[0]})")
-    if head.shape[0] != 1:
-        raise invalid(f"{prefix} tells {head.shape[0]} classes apart; a reward model gives one score")
+    if not head.shape or head.shape[0] != 1:
+        raise invalid(
+            f"{prefix} tells {head.shape[0] if head.shape else 0} classes apart; a reward model gives one score"
+        )
     if model and head.shape[-1] != model.shape.hidden_size:
         raise invalid(
             f"{prefix}: its head reads {head.shape[-1]} values; the base model's hidden_size is "
@@ -100,12 +107,7 @@ def _check_tokenizer(store: Store, pins: Mapping[str, PinnedObject], model: Base
     """Answers are handed on as tokens: they must mean the same to both."""
     if "tokenizer.json" not in pins:
         raise invalid(f"{prefix} has no tokenizer.json: it cannot be told whether it reads the base model's tokens")
-    try:
-        tokenizer = Tokenizer.from_buffer(store.get_bytes(pins["tokenizer.json"], SMALL))
-    except FineTuneError:
-        raise
-    except Exception as error:  # the library raises bare Exception
-        raise invalid(f"{pins['tokenizer.json'].uri} cannot be loaded: {str(error)[:200]}") from error
+    tokenizer = load_tokenizer(store, pins["tokenizer.json"])
     known, wanted = tokenizer.get_vocab(with_added_tokens=True), model.encoder.vocabulary
     if known != wanted:
         other = min((word for word in wanted if known.get(word) != wanted[word]), default=None)

@@ -13,6 +13,9 @@ from finetune_trainer.data.readers import EXTENSIONS, Row, kind_of, read_parquet
 from finetune_trainer.storage import Store, Wanted
 from finetune_trainer.storage_errors import ObjectMissing
 
+KEYS, FILES, IGNORED = 100_000, 10_000, 1000
+"""Objects below the prefix of a data set, data files among them, and others that the report names."""
+
 
 class Source(NamedTuple):
     dataset: Dataset
@@ -43,17 +46,36 @@ def sources(store: Store, spec: FineTuneJobSpec) -> list[Source]:
 def _source(store: Store, dataset: Dataset, field: str, split: Split | None) -> Source:
     try:
         if dataset.uri.endswith("/"):
-            found = list(store.list(dataset.uri))
-            chosen = [item for item in found if kind_of(item.uri) and not _hidden(item.uri)]
-            ignored = [item.uri for item in found if item not in chosen]
+            chosen, ignored = _below(store, dataset.uri)
             if not chosen:
                 raise FineTuneError(Reason.DATA_INVALID, f"{dataset.uri} has {_nothing(ignored)}")
-            return Source(dataset, field, split, store.pin_all([item.uri for item in chosen]), ignored)
+            return Source(dataset, field, split, store.pin_all(chosen), ignored)
         if kind_of(dataset.uri) is None:
             _refuse_name(store, dataset.uri)
         return Source(dataset, field, split, [store.pin(dataset.uri)], [])
     except FineTuneError as error:
         raise FineTuneError(error.reason, f"{field}.uri: {error}") from error
+
+
+def _below(store: Store, prefix: str) -> tuple[list[str], list[str]]:
+    """The data files below a prefix, and the first of the others. Raises DataInvalid where there are too many."""
+    chosen: list[str] = []
+    ignored: list[str] = []
+    for number, item in enumerate(store.list(prefix), 1):
+        if number > KEYS:
+            raise FineTuneError(
+                Reason.DATA_INVALID, f"{prefix} has more than {KEYS:,} objects; name a prefix that holds the data alone"
+            )
+        if not kind_of(item.uri) or _hidden(item.uri):
+            ignored += [item.uri] if len(ignored) < IGNORED else []
+            continue
+        chosen.append(item.uri)
+        if len(chosen) > FILES:
+            raise FineTuneError(
+                Reason.DATA_INVALID,
+                f"{prefix} has more than {FILES:,} data files; write its rows to fewer, larger ones",
+            )
+    return chosen, ignored
 
 
 def _hidden(uri: str) -> bool:

@@ -4,27 +4,19 @@ A template comes from a stranger: it can reach nothing but its variables, its lo
 wrong is said in one sentence.
 """
 
-import contextvars
-import datetime
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jinja2 import StrictUndefined, Template, TemplateError, meta, nodes
-from jinja2.exceptions import SecurityError
+from jinja2 import StrictUndefined, Template, meta, nodes
 from jinja2.ext import Extension
-from jinja2.filters import do_indent
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from finetune_api.dataset import Columns
+from finetune_trainer.data import sandbox
+from finetune_trainer.data.filters import raise_exception, strftime_now
 from finetune_trainer.data.formats import BadRow
-
-OUTPUT_LIMIT = 4 * 2**20
-"""Characters that one rendering may write."""
-LOOP_LIMIT = 200_000
-"""Steps of all loops of one rendering together."""
-INDENT_LIMIT = 64
+from finetune_trainer.data.sandbox import BadTemplate as BadTemplate
+from finetune_trainer.data.sandbox import Environment, compiled
 
 DEFAULT_CHAT_TEMPLATE = """\
 {%- for message in messages %}
@@ -37,12 +29,12 @@ DEFAULT_CHAT_TEMPLATE = """\
 {%- if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"""
 """For models that bring none: `### User:`, the text, an empty line, `### Assistant:`, the answer and EOS."""
 
-_steps: contextvars.ContextVar[list[int]] = contextvars.ContextVar("steps")
+_THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 _START, _END = "\ufdd0", "\ufdd1"
 
 
-class BadTemplate(Exception):
-    """A template that cannot be compiled."""
+class Costly(BadRow):
+    """A rendering takes more than it may: no data policy leaves such a row out, since the next one costs as much."""
 
 
 class Rendered(NamedTuple):
@@ -65,85 +57,12 @@ class _Generation(Extension):
         return f"{_START}{caller()}{_END}"
 
 
-class _Environment(ImmutableSandboxedEnvironment):
-    """Counts the steps of every loop, and refuses operators that make a long string out of a short one."""
-
-    intercepted_binops = frozenset(["*", "**", "%"])
-    _padding = frozenset(["center", "ljust", "rjust", "zfill", "expandtabs"])
-
-    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        if isinstance(obj, str) and attr in self._padding:
-            return False
-        return super().is_safe_attribute(obj, attr, value)
-
-    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        tree = super()._parse(source, name, filename)
-        for loop in tree.find_all(nodes.For):
-            loop.iter = nodes.Filter(loop.iter, "_bounded", [], [], None, None).set_lineno(loop.lineno)
-        return tree
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        numbers = isinstance(left, int | float) and isinstance(right, int | float)
-        if not numbers and operator in ("*", "**"):
-            raise SecurityError(f"`{operator}` is allowed between numbers only")
-        if operator == "**" and (abs(left) > 10**6 or abs(right) > 16):
-            raise SecurityError("`**` is allowed with small numbers only")
-        if operator == "%" and isinstance(left, str):
-            raise SecurityError("`%` is allowed between numbers only; `~` joins text")
-        return super().call_binop(context, operator, left, right)
-
-
-def _bounded(items: Iterable[Any]) -> Iterator[Any]:
-    left = _steps.get()
-    for item in items:
-        left[0] -= 1
-        if left[0] < 0:
-            raise SecurityError(f"its loops take more than {LOOP_LIMIT:,} steps")
-        yield item
-
-
-def _environment(**options: Any) -> _Environment:
-    env = _Environment(**options)
-    env.filters["_bounded"] = _bounded
-    env.filters["tojson"] = _tojson
-    # These pad to a width of the template's choice.
-    env.filters["indent"] = _indent
-    for name in ("center", "format", "urlize"):
-        del env.filters[name]
-    env.globals.pop("lipsum")
-    return env
-
-
-def _indent(text: str, width: int = 4, first: bool = False, blank: bool = False) -> str:
-    if not 0 <= width <= INDENT_LIMIT:
-        raise SecurityError(f"`indent` takes a width from 0 to {INDENT_LIMIT}")
-    return do_indent(text, width, first, blank)
-
-
-def _render(template: Template, variables: Mapping[str, Any]) -> str:
+def _render(template: Template, variables: Mapping[str, Any], whose: str = "") -> str:
     """Raises BadRow with what the template said."""
-    _steps.set([LOOP_LIMIT])
-    pieces: list[str] = []
-    length = 0
     try:
-        for piece in template.generate(**variables):
-            length += len(piece)
-            if length > OUTPUT_LIMIT:
-                raise SecurityError(f"it writes more than {OUTPUT_LIMIT:,} characters")
-            pieces.append(piece)
-    except TemplateError as error:
-        raise BadRow(f"the template failed: {error.message or type(error).__name__}") from error
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise BadRow(f"the template failed: {type(error).__name__}: {error}") from error
-    return "".join(pieces)
-
-
-def _compiled(env: _Environment, source: str) -> Template:
-    try:
-        return env.from_string(source)
-    except TemplateError as error:
-        line = getattr(error, "lineno", None)
-        raise BadTemplate(f"line {line}: {error.message}" if line else str(error.message)) from error
+        return sandbox.render(template, variables)
+    except sandbox.Failed as error:
+        raise (Costly if error.exceeded else BadRow)(f"the template failed: {error}{whose}") from error
 
 
 class RowTemplate:
@@ -154,15 +73,16 @@ class RowTemplate:
 
     def __init__(self, source: str, columns: Columns | None = None) -> None:
         """Raises BadTemplate."""
-        env = _environment(undefined=StrictUndefined, keep_trailing_newline=True)
-        self._template = _compiled(env, source)
+        env = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
+        self._template = compiled(env, source)
         self._roles: dict[str, str] = columns.model_dump(exclude_none=True) if columns else {}
         named = meta.find_undeclared_variables(env.parse(source))
         self.columns = frozenset(named | {self._roles[name] for name in named if name in self._roles})
 
     def render(self, row: Mapping[str, Any]) -> str:
         roles = {role: row[name] for role, name in self._roles.items() if name in row}
-        return _render(self._template, roles | {str(name): value for name, value in row.items()})
+        variables = roles | {str(name): value for name, value in row.items()}
+        return _render(self._template, variables)
 
 
 class ChatTemplate:
@@ -172,10 +92,10 @@ class ChatTemplate:
         """`special_tokens`: `bos_token` and the like, by their names. Raises BadTemplate."""
         self.source = source
         self._special = dict(special_tokens)
-        env = _environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
-        env.globals["raise_exception"] = _raise_exception
-        env.globals["strftime_now"] = _strftime_now
-        self._template = _compiled(env, source)
+        env = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
+        env.globals["raise_exception"] = raise_exception
+        env.globals["strftime_now"] = strftime_now
+        self._template = compiled(env, source)
         self.marks = any(word == "generation" for _, kind, word in env.lex(source) if kind == "name")
 
     def render(
@@ -186,13 +106,20 @@ class ChatTemplate:
             self._template,
             {
                 **self._special,
-                "messages": [dict(message) for message in messages],
+                "messages": [_aliased(message) for message in messages],
                 "tools": list(tools) if tools else None,
                 "documents": None,
                 "add_generation_prompt": ask,
             },
+            " (the model's chat template)",
         )
         return _unmarked(text) if self.marks else Rendered(text, None)
+
+
+def _aliased(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A turn with its thought under each of the names that templates read it by."""
+    thought = next((message[name] for name in _THOUGHTS if message.get(name) is not None), None)
+    return dict(message) if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
 
 
 def _unmarked(text: str) -> Rendered:
@@ -207,16 +134,3 @@ def _unmarked(text: str) -> Rendered:
         pieces += [said, rest]
         length += len(said) + len(rest)
     return Rendered("".join(pieces), spans)
-
-
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
-
-
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    """A day that never changes: the same data give the same tokens on every day."""
-    return datetime.datetime(2025, 1, 1).strftime(form)

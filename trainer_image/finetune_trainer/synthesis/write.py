@@ -23,6 +23,8 @@ from finetune_api.run import PreparedData
 from finetune_api.stage import Generate
 from finetune_trainer import distributed, heartbeat, log, model
 from finetune_trainer.callbacks import Signals
+from finetune_trainer.data.formats import BadRow
+from finetune_trainer.data.templates import BadTemplate, ChatTemplate
 from finetune_trainer.distributed import Ranks
 from finetune_trainer.generate import shared
 from finetune_trainer.methods.rollout import collate_answers, log_probs, sums_of_rows
@@ -117,6 +119,7 @@ class Writer:
         self._source = options.teacher.uri if options.teacher else run.origin
         self._model = load(run, start, ranks.device)
         self._tokenizer = model.load_tokenizer(start.model)
+        self._chat = chat_template_of(self._tokenizer, self._source)
         self._room = int(self._model.config.max_position_embeddings) - options.max_new_tokens
         self._sampling = Sampling(options.temperature, options.max_new_tokens, self._ends(), True, lockstep=False)
 
@@ -157,13 +160,15 @@ class Writer:
 
     def _prompt(self, asked: Request) -> np.ndarray[Any, Any]:
         """Tokens; where they are more than the model has positions for, the first examples are cut off."""
-        chat = bool(self._tokenizer.chat_template)
-        if chat:
+        if self._chat:
             question = {"role": "user", "content": ASKED.format(shots=len(asked.seeds)) + asked.text}
-            text = self._tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
+            try:
+                text = self._chat.render([question], ask=True).text
+            except BadRow as error:
+                raise FineTuneError(Reason.MODEL_INVALID, f"{self._source}: {error}") from error
         else:
             text = PREAMBLE + asked.text
-        ids = self._tokenizer.encode(text + opening(asked), add_special_tokens=not chat)
+        ids = self._tokenizer.encode(text + opening(asked), add_special_tokens=not self._chat)
         return np.array(ids[-max(1, self._room) :], dtype=np.int64)
 
     def _row(self, asked: Request, pair: Pair, score: float) -> dict[str, Any]:
@@ -176,13 +181,25 @@ class Writer:
         return tuple(sorted(known | set(eos if isinstance(eos, list) else [] if eos is None else [eos])))
 
 
+def chat_template_of(tokenizer: Any, source: str) -> ChatTemplate | None:
+    """The model's own, bounded as in `prepare`; None where it has none. Raises ModelInvalid."""
+    if not tokenizer.chat_template:
+        return None
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    try:
+        return ChatTemplate(tokenizer.get_chat_template(), special)
+    except (BadTemplate, ValueError) as error:
+        raise FineTuneError(Reason.MODEL_INVALID, f"{source}: the chat template cannot be used: {error}") from error
+
+
 def load(run: StageRun, start: Start, device: torch.device) -> Any:
     """Whole on every rank, for writing alone. Raises ModelInvalid."""
     spec, devices = run.config.spec, run.config.devices
     dtype = model.dtype_of(spec, devices)
     found = model.load_model(start.model, dtype, model.attention_of(dtype, devices), device)
     if start.adapter:
-        found = PeftModel.from_pretrained(found, start.adapter, local_files_only=True)
+        with model.reading("the adapter cannot be loaded", start.adapter):
+            found = PeftModel.from_pretrained(found, start.adapter, local_files_only=True)
     found.get_input_embeddings().register_forward_pre_hook(lambda *_: heartbeat.beat())
     return found.to(device).eval().requires_grad_(False)
 
