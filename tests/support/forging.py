@@ -213,7 +213,8 @@ def _bodies(job: str) -> dict[str, Object]:
 
 
 def template_only(namespace: str) -> tuple[str, Object]:
-    """A Job that carries no mark itself: the pods that the Job controller would make of it do."""
+    """A Job that carries no mark itself: the pods that the Job controller would make of it do. It has labels, since one
+    that has none gets those of its pods."""
     body = _bodies("j")["gang"]
     body["spec"]["suspend"] = False
-    return f"{BATCH}/namespaces/{namespace}/jobs", {"metadata": {"name": "innocent"}, **body}
+    return f"{BATCH}/namespaces/{namespace}/jobs", {"metadata": {"name": "innocent", "labels": {"app": "mine"}}, **body}
