@@ -119,6 +119,11 @@ class Acceptor:
             if not connection.seated:
                 self._drop(connection)
 
+    def drop_all(self) -> None:
+        """Closes every connection at once."""
+        for connection in list(self._connections.values()):
+            self._drop(connection)
+
     def made(self, connection: Connection, transport: asyncio.BaseTransport) -> None:
         """Its protocol has a transport: the handshake is done."""
         connection.transport = transport

@@ -24,7 +24,6 @@ from finetune_operator.review import (
     Use,
     Verdict,
     answer,
-    is_name,
     judge_job,
     judge_profile,
     reads_as_job,
@@ -167,8 +166,6 @@ class AdmissionServer:
         return Verdict(tuple(refused), verdict.warnings, forbidden=bool(refused))
 
     async def _may_use(self, request: Request, use: Use) -> bool:
-        if not is_name(use.name):
-            return False
         for verb in use.verbs:
             attributes = {"namespace": request.namespace, "verb": verb, "resource": use.resource, "name": use.name}
             if await self._cluster.may(request.user, attributes | {"group": "", "version": "v1"}):

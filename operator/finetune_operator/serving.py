@@ -216,6 +216,7 @@ class HttpServer:
         self._acceptor.close()
         self._protocols.pre_shutdown()
         await self._protocols.shutdown(timeout=2.0)
+        self._acceptor.drop_all()
         if self._task:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)

@@ -1,18 +1,29 @@
 """Metrics name the jobs of all tenants: a tenant's token does not read them, Prometheus's does."""
 
+import asyncio
 import secrets
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import aiohttp
 import pytest
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
 
 from finetune_operator.cluster import ApiError, KubeCluster
 from finetune_operator.metrics import Metrics
-from finetune_operator.scrape import REMEMBERED, REMEMBERED_SECONDS, STRANGERS_AT_ONCE, Access, MetricsServer
+from finetune_operator.scrape import (
+    REMEMBERED,
+    REMEMBERED_SECONDS,
+    SHARED_SECONDS,
+    STRANGERS_AT_ONCE,
+    UNSHARED,
+    Access,
+    MetricsServer,
+)
 from finetune_operator.serving import Listening
 from support import rights
 from support.api import Api
@@ -139,3 +150,36 @@ async def test_few_tokens_are_remembered(clock: list[float]) -> None:
     for number in range(REMEMBERED + 50):
         await access.check(f"Bearer guess-{number}", f"10.0.1.{number}")
     assert len(access._known) == REMEMBERED
+
+
+async def test_readers_who_do_not_read_share_one_text() -> None:
+    """Each would hold another one, of megabytes where there are thousands of jobs."""
+    metrics, clock = Metrics(), [0.0]
+    collections: list[float] = []
+
+    class Large(Collector):
+        def collect(self) -> Iterator[Metric]:
+            collections.append(clock[0])
+            yield Metric("large", "y" * 8_000_000, "gauge")
+
+    metrics.registry.register(Large())
+    collections.clear()
+    async with MetricsServer(metrics, "127.0.0.1", monotonic=lambda: clock[0]) as server:
+        url = f"http://127.0.0.1:{server.port}/metrics"
+        slow = []
+        for _ in range(12):
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=1024)
+            writer.write(b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n")
+            await reader.readline()
+            slow.append(writer)
+        assert len(collections) == UNSHARED
+        for _ in range(2):
+            async with aiohttp.request("GET", url) as answer:
+                assert len(await answer.read()) > 8_000_000
+        assert len(collections) == UNSHARED
+        clock[0] += SHARED_SECONDS
+        async with aiohttp.request("GET", url) as answer:
+            assert answer.status == 200
+        assert len(collections) == UNSHARED + 1
+        for writer in slow:
+            writer.transport.abort()

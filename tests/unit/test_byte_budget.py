@@ -22,7 +22,8 @@ async def test_what_fits_is_claimed_at_once_and_given_back() -> None:
 async def test_small_bodies_never_wait_for_large_ones() -> None:
     bytes_ = budget()
     async with bytes_.claim(80):
-        large = asyncio.create_task(hold(bytes_, 60, asyncio.Event()))
+        large = asyncio.create_task(hold(bytes_, 15, asyncio.Event()))
+        await asyncio.sleep(0)
         async with AsyncExitStack() as stack, asyncio.timeout(5):
             for _ in range(4):
                 await stack.enter_async_context(bytes_.claim(5))

@@ -78,6 +78,22 @@ async def test_a_review_is_believed_for_a_while_and_never_beyond_expiry() -> Non
     assert authenticator.known(KEY, short) is None
 
 
+async def test_a_token_that_was_once_good_is_no_strangers() -> None:
+    """Its holder pays from the job's bucket also while it is reviewed again, so that strangers of its address cannot
+    keep it from reporting."""
+    clock = Clock()
+    authenticator = Authenticator(Reviews(), clock=clock, seconds=60.0)
+    good, expires = token(expires=200.0), 200.0
+    assert not authenticator.familiar(KEY, good)
+    await authenticator.identify(KEY, "job-uid", good)
+    clock.now = 100.0
+    assert authenticator.known(KEY, good) is None
+    assert authenticator.familiar(KEY, good)
+    assert not authenticator.familiar(JobKey("team-a", "other"), good)
+    clock.now = expires
+    assert not authenticator.familiar(KEY, good)
+
+
 async def test_a_review_for_one_job_says_nothing_of_another() -> None:
     reviews = Reviews()
     authenticator = Authenticator(reviews, clock=Clock())
