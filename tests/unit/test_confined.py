@@ -140,7 +140,7 @@ def test_a_row_that_takes_half_of_the_pod_is_told(monkeypatch: pytest.MonkeyPatc
     def work() -> TerminationMessage:
         module._look()
         mark(Reason.DATA_INVALID, "line 7")
-        fill(1000 * MIB)
+        fill(2000 * MIB)
         return DONE
 
     error = refusal(work)

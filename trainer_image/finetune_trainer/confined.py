@@ -46,9 +46,8 @@ class Note(NamedTuple):
     what: str
     """The subject of a sentence that says what went wrong: `spec.baseModel.uri: s3://…: loading it`."""
     advice: str
-    until: float
-    """CPU time of the process, in seconds, at which it has taken too long."""
     seconds: float
+    """CPU time of the process that it may take, counted by the parent: asking for it costs more than a row does."""
     memory: int
     """Bytes that it may take more than there were."""
     mapped: int
@@ -125,7 +124,7 @@ def during(
     before = _at.get(own)
     if _board:
         told = f"{before.what}: {what}" if before and not what.startswith("spec.") else what
-        _enter(own, Note(reason, told, advice, time.process_time() + seconds, seconds, memory, *_look()))
+        _enter(own, Note(reason, told, advice, seconds, memory, *_look()))
     try:
         yield
     except FineTuneError:
@@ -143,7 +142,7 @@ def during(
 def mark(reason: Reason, what: str, seconds: float = 120.0) -> None:
     """Notes what the main lane does from now on, without limits of its own: cheap enough for every row."""
     if _board:
-        note = Note(reason, what, "", time.process_time() + seconds, seconds, _board.limit, *_board.seen)
+        note = Note(reason, what, "", seconds, _board.limit, *_board.seen)
         _board.write("main", note)
 
 
@@ -281,6 +280,7 @@ def _watch(pid: int, reading: int, board: _Board) -> tuple[bytes, FineTuneError 
     """What the child said before it ended; else why it was killed here, if it was; and the memory that it had last."""
     answer, resident = b"", 0
     clock = (~pid << 3) | 2
+    begun: dict[str, float] = {}
     while True:
         if select.select([reading], [], [], _POLL)[0]:
             if data := os.read(reading, 2**16):
@@ -289,7 +289,8 @@ def _watch(pid: int, reading: int, board: _Board) -> tuple[bytes, FineTuneError 
             return answer if answer.endswith(b"}") else b"", None, resident
         notes = board.read()
         used, resident = time.clock_gettime(clock), memory_of(pid)[1]
-        late = next((note for note in notes if used > note.until), None)
+        begun = {note.what: begun.get(note.what, used) for note in notes}
+        late = next((note for note in notes if used - begun[note.what] > note.seconds), None)
         if late:
             text = f"{late.what}: it takes more than {late.seconds:g} seconds of CPU time{_tail(late.advice)}"
             killed = FineTuneError(late.reason, one_line(text))
