@@ -5,7 +5,6 @@ The operator's own controller works on it, without a network: its looks at every
 
 import copy
 import json
-import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -243,6 +242,14 @@ class Operator:
             return tell(where, namespace, name, error)
 
         contained.tell = noted  # type: ignore[method-assign]
+        self.pause: float | None = None
+        done = it._queue._schedule.done
+
+        def noted_pause(*args: Any, **kwargs: Any) -> float | None:
+            self.pause = done(*args, **kwargs)
+            return self.pause
+
+        it._queue._schedule.done = noted_pause  # type: ignore[method-assign]
 
     async def hear(self) -> None:
         """Every object, as watches tell of it: it is there, it changes, it goes."""
@@ -273,9 +280,8 @@ class Operator:
                 return
             before = self.town.writes
             await queue._handle(key)
-            due = queue._schedule._due.get(key)
-            at_once = due is not None and due <= time.monotonic()
-            assert not at_once or self.town.writes > before, f"{key} would be looked at without a pause, for ever"
+            # By the pause that was asked for, not by the clock: a busy machine is late by itself.
+            assert self.pause != 0 or self.town.writes > before, f"{key} would be looked at without a pause, for ever"
 
     def scraped(self) -> str:
         return generate_latest(self.controller.metrics.registry).decode()
