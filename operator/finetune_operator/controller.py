@@ -52,7 +52,13 @@ class Controller:
         self.failure: str | None = None
         """Why it ended by itself."""
         self._clock = clock
-        self._queue: WorkQueue[Key] = WorkQueue(self._work, on_failure=self._failure)
+        self._queue: WorkQueue[Key] = WorkQueue(
+            self._work,
+            on_failure=self._failure,
+            group=namespace_of,
+            # Some workers are left for everybody else, however much one namespace has to do.
+            most=settings.workers - settings.workers // 8,
+        )
         self._jobs = JobNews()
         self._children = ChildNews()
         self._line = Line()
@@ -423,6 +429,10 @@ class Controller:
             logger.error("%s ended, and with it the operator", task.get_name(), exc_info=task.exception())
             self.failure = self.failure or f"{task.get_name()} ended"
             self.over.set()
+
+
+def namespace_of(key: Key) -> str:
+    return key[0]
 
 
 def child_of(raw: Object) -> Key | None:

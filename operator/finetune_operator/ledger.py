@@ -129,11 +129,14 @@ class Ledger:
             self._empty[key[0]] = now
 
     def moved(self, pod: Moved) -> None:
-        """A pod has ended; what is told again is counted once."""
+        """A pod has ended; what is told again is counted once. Anybody may label a pod: it counts where its Job does."""
+        entry = self._entries.get(pod.key)
+        if entry is None or pod.owner not in entry.sight.job_uids:
+            return
         if pod.uid in self._pods or pod.ended < self._born:
             return
         self._pods.add(pod.uid)
-        tally = self.tallies[self._labels.get(pod.namespace, OTHER)]
+        tally = self.tallies[entry.label]
         tally.bytes["read"] += pod.read
         tally.bytes["written"] += pod.written
 

@@ -8,6 +8,7 @@ from finetune_api.bounds import parse_time, whole
 from finetune_api.failures import Outcome, Reason
 from finetune_api.jobstatus import State
 from finetune_operator.accept import MANAGER
+from finetune_operator.manifests import JOB_LABEL
 from finetune_operator.observe import read_pod
 
 Object = Mapping[str, Any]
@@ -61,7 +62,10 @@ class Moved(NamedTuple):
     """What a pod that has ended had read from the object store and written to it, in bytes."""
 
     uid: str
-    namespace: str
+    key: Key
+    """The FineTuneJob that its labels name."""
+    owner: str
+    """UID of its Job."""
     ended: float
     read: int
     written: int
@@ -72,6 +76,8 @@ class Sight(NamedTuple):
 
     key: Key
     uid: str
+    job_uids: frozenset[str]
+    """Of the Jobs that its status knows: what other pods say is not believed."""
     version: int | None
     """None where the server's versions are no numbers: then nothing can be said of their order."""
     created: float
@@ -138,6 +144,7 @@ def _read(raw: Object) -> Sight | None:
     return Sight(
         key=(_label(meta["namespace"]), _label(meta["name"])),
         uid=meta["uid"],
+        job_uids=frozenset(str(made.get("uid")) for made in (status.get("prepare") or {}, *attempts)),
         version=int(version) if version.isdigit() else None,
         created=created,
         state=state,
@@ -160,8 +167,8 @@ def moved(raw: Object) -> Moved | None:
     if pod.end is None or pod.end.finished is None or said is None or said.read_bytes is None:
         return None
     meta = raw["metadata"]
-    ended = pod.end.finished.timestamp()
-    return Moved(meta["uid"], meta["namespace"], ended, said.read_bytes, said.written_bytes or 0)
+    key = _label(meta["namespace"]), _label(meta["labels"][JOB_LABEL])
+    return Moved(meta["uid"], key, pod.owner, pod.end.finished.timestamp(), said.read_bytes, said.written_bytes or 0)
 
 
 def _run(attempt: Object, per_worker: int) -> Run:

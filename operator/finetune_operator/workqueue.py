@@ -1,17 +1,22 @@
 """Keys that want attention: each at most once, never two workers on the same key, failures with growing pauses.
 
+Keys are served group by group in turn, and a group never has all workers: whoever has thousands of keys, or keeps a few
+of them busy all the time, makes nobody else wait for longer than a worker takes for one.
 `Schedule` is the whole logic, without a clock, a lock or a task; `WorkQueue` lets workers wait for it.
 """
 
 import asyncio
 import heapq
+import math
 import random
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Hashable
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
+_NOBODY = object()
 
 
 class Schedule(Generic[K]):
@@ -23,10 +28,17 @@ class Schedule(Generic[K]):
         base: float = 1.0,
         longest: float = 300.0,
         jitter: Callable[[], float] = lambda: random.uniform(1.0, 1.25),
+        group: Callable[[K], Hashable] = lambda key: None,
+        most: float = math.inf,
     ) -> None:
-        """`base`: the pause after a key's first failure, doubled by each further one up to `longest`."""
+        """`base`: the pause after a key's first failure, doubled by each further one up to `longest`. `group`: whose a
+        key is. `most`: keys of one group that may be worked on at a time."""
         self._base, self._longest, self._jitter = base, longest, jitter
-        self._ready: deque[K] = deque()
+        self._group, self._most = group, most
+        self._ready: dict[Hashable, deque[K]] = {}
+        """By group, the group that was served longest ago first."""
+        self._busy: Counter[Hashable] = Counter()
+        """Keys that are worked on, by group."""
         self._waiting: set[K] = set()  # The members of `_ready`.
         self._working: set[K] = set()
         self._again: set[K] = set()  # Added while a worker had them.
@@ -37,7 +49,7 @@ class Schedule(Generic[K]):
 
     def __len__(self) -> int:
         """Keys that wait or are worked on, without those that are only due later."""
-        return len(self._ready) + len(self._working)
+        return len(self._waiting) + len(self._working)
 
     def add(self, key: K) -> None:
         """The key is to be looked at; often in a row is the same as once."""
@@ -45,7 +57,7 @@ class Schedule(Generic[K]):
             self._again.add(key)
         elif key not in self._waiting:
             self._waiting.add(key)
-            self._ready.append(key)
+            self._ready.setdefault(self._group(key), deque()).append(key)
 
     def add_at(self, key: K, due: float) -> None:
         """As `add`, at that time; of several times the earliest counts."""
@@ -55,15 +67,20 @@ class Schedule(Generic[K]):
             heapq.heappush(self._later, (due, self._order, key))
 
     def take(self, now: float) -> K | None:
-        """A key to work on until `done`; None where none is ready."""
+        """A key to work on until `done`; None where none may be."""
         while self._later and self._later[0][0] <= now:
             due, _, key = heapq.heappop(self._later)
             if self._due.get(key) == due:
                 del self._due[key]
                 self.add(key)
-        if not self._ready:
+        group = next((group for group in self._ready if self._busy[group] < self._most), _NOBODY)
+        if group is _NOBODY:
             return None
-        key = self._ready.popleft()
+        keys = self._ready.pop(group)
+        key = keys.popleft()
+        if keys:
+            self._ready[group] = keys
+        self._busy[group] += 1
         self._waiting.discard(key)
         self._working.add(key)
         # It is looked at now: a date that was set before has served.
@@ -79,6 +96,7 @@ class Schedule(Generic[K]):
     def done(self, key: K, now: float, *, failed: bool = False, after: float | None = None) -> float | None:
         """The worker is through with the key. The pause in seconds until it comes back by itself, if it does."""
         self._working.discard(key)
+        self._busy -= Counter([self._group(key)])
         pause = after
         if failed:
             count = self._failures[key] = self._failures.get(key, 0) + 1
@@ -102,12 +120,15 @@ class WorkQueue(Generic[K]):
         *,
         clock: Callable[[], float] = time.monotonic,
         on_failure: Callable[[K, Exception], None] = lambda key, error: None,
+        group: Callable[[K], Hashable] = lambda key: None,
+        most: float = math.inf,
     ) -> None:
-        """`work(key)` returns after how many seconds to call it again, or None; what it raises is a failure."""
+        """`work(key)` returns after how many seconds to call it again, or None; what it raises is a failure. `group`,
+        `most`: see `Schedule`."""
         self._work = work
         self._on_failure = on_failure
         self._clock = clock
-        self._schedule: Schedule[K] = Schedule()
+        self._schedule: Schedule[K] = Schedule(group=group, most=most)
         self._news = asyncio.Event()
 
     def __len__(self) -> int:
@@ -139,10 +160,10 @@ class WorkQueue(Generic[K]):
         self._news.clear()
         due = self._schedule.next_due()
         timeout = None if due is None else max(0.0, due - self._clock())
-        try:
-            await asyncio.wait_for(self._news.wait(), timeout)
-        except TimeoutError:
-            return
+        # Not `wait_for`: where the news comes as the worker is cancelled, that forgets the cancellation on Python 3.11.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                await self._news.wait()
 
     async def _handle(self, key: K) -> None:
         failed, after = True, None

@@ -75,7 +75,7 @@ def run(number: int = 0, started: float | None = None, ended: float | None = Non
     told = {
         key: at(value) if isinstance(value, float | int) else value for key, value in times.items() if value is not None
     }
-    return {"number": number, "job": f"bot-{number}", "workers": 2, **told, **more}
+    return {"number": number, "job": f"bot-{number}", "uid": f"uid-{number}", "workers": 2, **told, **more}
 
 
 def failed(reason: str) -> list[Object]:

@@ -21,7 +21,8 @@ from finetune_api.model import ApiModel, problems_of
 from finetune_api.modelfiles import model_shape, parse_config, parse_header
 from finetune_api.profile import Accelerator, Budget
 from finetune_api.tuning import Tuning
-from finetune_operator.cluster import _parsed
+from finetune_operator.connection import parsed
+from finetune_operator import essentials
 
 UTC = datetime.UTC
 
@@ -172,8 +173,8 @@ def test_figures_that_are_no_numbers_cost_no_message() -> None:
 
 def test_what_an_api_server_nests_deeper_than_python_reads_is_read() -> None:
     depth = 10_000
-    found = _parsed(b'{"items":[' + b'{"a":' * depth + b"1" + b"}" * depth + b"]}")
+    found = parsed(essentials.whole, b'{"items":[' + b'{"a":' * depth + b"1" + b"}" * depth + b"]}")
     assert found["items"][0]["a"]
-    with pytest.raises(ValueError, match="nested deeper"):
-        _parsed(b"[" * 100_000 + b"]" * 100_000)
+    with pytest.raises(RecursionError):
+        parsed(essentials.whole, b"[" * 100_000 + b"]" * 100_000)
     assert instant(datetime.datetime(2026, 1, 1)).tzinfo is UTC

@@ -169,8 +169,9 @@ def test_what_was_before_the_operator_is_not_counted_again() -> None:
 def test_what_another_operator_has_counted_is_not_counted_again() -> None:
     board = Board(now=500)
     board.metrics.begin()
-    board.tell(Told("old", created=100), "Failed", conditions=failed("Diverged"), completionTime=at(400))
-    board.metrics.note_pod(ended_pod("a", 1000, 50, finished=400))
+    over = {"conditions": failed("Diverged"), "completionTime": at(400), "attempts": [run(started=1, ended=400)]}
+    board.tell(Told("old", created=100), "Failed", **over)
+    board.metrics.note_pod(ended_pod("a", 1000, 50, finished=400, job="old"))
     board.tell(Told("new", created=501), "Failed", conditions=failed("Diverged"), completionTime=at(502))
     assert board.value("jobs_ended_total", job_namespace="team-a", state="Failed") == 1
     assert board.value("storage_bytes_total", job_namespace="team-a", direction="read") == 0
@@ -228,10 +229,19 @@ def test_a_job_of_the_same_name_is_another_one() -> None:
     assert board.value("namespace_jobs", job_namespace="team-a", state="Running") == 1
 
 
-def ended_pod(uid: str, read: int, written: int, *, finished: float = 50, namespace: str = "team-a") -> Object:
+def ended_pod(
+    uid: str, read: int, written: int, *, finished: float = 50, owner: str = "uid-0", job: str = "bot"
+) -> Object:
     said = TerminationMessage(read_bytes=read, written_bytes=written).encode().decode()
     ended = {"exitCode": 0, "startedAt": at(1), "finishedAt": at(finished), "message": said}
-    meta = {"name": uid, "namespace": namespace, "uid": uid, "creationTimestamp": at(0)}
+    meta = {
+        "name": uid,
+        "namespace": "team-a",
+        "uid": uid,
+        "creationTimestamp": at(0),
+        "labels": {"finetune.dev/job-name": job},
+        "ownerReferences": [{"kind": "Job", "uid": owner, "controller": True}],
+    }
     status = {"phase": "Succeeded", "containerStatuses": [{"name": CONTAINER, "state": {"terminated": ended}}]}
     return {"metadata": meta, "status": status}
 
@@ -243,17 +253,18 @@ def test_bytes_are_counted_once_for_each_pod() -> None:
         board.metrics.note_pod(ended_pod("a", 1000, 50))
     board.metrics.note_pod(ended_pod("b", 700, 0))
     board.metrics.note_pod(ended_pod("of an earlier operator", 9000, 9000, finished=-5))
-    board.metrics.note_pod(ended_pod("of a job that is gone", 3, 4, namespace="gone"))
+    board.metrics.note_pod(ended_pod("of a job that is gone", 3, 4, job="gone"))
+    board.metrics.note_pod(ended_pod("of a Job that somebody else made", 2**53, 2**53, owner="forged"))
     result = {"uri": "s3://b/k/", "manifestSHA256": "", "sizeBytes": 300}
     board.tell(job, "Complete", attempts=[run(started=1)], result=result, completionTime=at(9))
     told = {d: board.value("storage_bytes_total", job_namespace="team-a", direction=d) for d in DIRECTIONS}
     assert told == {"read": 1700, "written": 50, "published": 300}
-    assert board.value("storage_bytes_total", job_namespace="other", direction="written") == 4
+    assert board.value("storage_bytes_total", job_namespace="other", direction="written") is None
 
 
 def test_a_pod_that_runs_or_was_killed_tells_no_bytes() -> None:
     board = Board()
-    board.tell(Told(), "Running")
+    board.tell(Told(), "Running", attempts=[run(started=1)])
     running, killed = ended_pod("a", 1, 1), ended_pod("b", 1, 1)
     running["status"]["containerStatuses"][0]["state"] = {"running": {"startedAt": at(1)}}
     killed["status"]["containerStatuses"][0]["state"]["terminated"]["message"] = ""

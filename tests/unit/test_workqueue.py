@@ -129,3 +129,69 @@ async def test_workers_share_the_keys_and_survive_a_failure() -> None:
     assert failures == ["bad"]
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
+
+
+def test_groups_are_served_in_turn() -> None:
+    queue: Schedule[tuple[str, int]] = Schedule(group=lambda key: key[0])
+    for key in [("a", 1), ("a", 2), ("a", 3), ("b", 1), ("c", 1), ("b", 2)]:
+        queue.add(key)
+    assert [queue.take(0) for _ in range(6)] == [("a", 1), ("b", 1), ("c", 1), ("a", 2), ("b", 2), ("a", 3)]
+
+
+def test_a_group_never_has_all_workers() -> None:
+    queue: Schedule[tuple[str, int]] = Schedule(group=lambda key: key[0], most=2)
+    for number in range(4):
+        queue.add(("a", number))
+    assert [queue.take(0) for _ in range(3)] == [("a", 0), ("a", 1), None]
+    queue.add(("b", 0))
+    assert [queue.take(0), queue.take(0)] == [("b", 0), None]
+    assert len(queue) == 5
+    queue.done(("a", 1), 0)
+    assert [queue.take(0), queue.take(0)] == [("a", 2), None]
+
+
+async def test_keys_that_are_added_all_the_time_keep_nobody_waiting() -> None:
+    """Each look at one of the first group's puts it on the queue again."""
+    looked: list[tuple[str, int]] = []
+    busy, served = asyncio.Event(), asyncio.Event()
+
+    async def work(key: tuple[str, int]) -> None:
+        looked.append(key)
+        await asyncio.sleep(0)
+        if key[0] == "busy":
+            queue.add(key)
+            if len(looked) > 100:
+                busy.set()
+        else:
+            served.set()
+
+    queue: WorkQueue[tuple[str, int]] = WorkQueue(work, group=lambda key: key[0], most=3)
+    for number in range(16):
+        queue.add(("busy", number))
+    task = asyncio.create_task(queue.run(4))
+    await asyncio.wait_for(busy.wait(), 10)
+    before = len(looked)
+    queue.add(("quiet", 0))
+    await asyncio.wait_for(served.wait(), 10)
+    assert len(looked) - before < 20
+    task.cancel()
+    await asyncio.wait({task}, timeout=10)
+    assert task.done()
+
+
+@pytest.mark.parametrize("ticks", range(4))
+async def test_it_ends_where_news_come_as_it_is_cancelled(ticks: int) -> None:
+    async def work(key: str) -> None:
+        await asyncio.sleep(0)
+
+    queue: WorkQueue[str] = WorkQueue(work)
+    queue.add_after("later", 3600)
+    task = asyncio.create_task(queue.run(4))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    task.cancel()
+    for _ in range(ticks):
+        await asyncio.sleep(0)
+    queue.add("now")
+    done, _ = await asyncio.wait({task}, timeout=5)
+    assert done, "it goes on though it was cancelled"
