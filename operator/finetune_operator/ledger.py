@@ -129,7 +129,7 @@ class Ledger:
             self._empty[key[0]] = now
 
     def moved(self, pod: Moved) -> None:
-        """A pod has ended; what is told again is counted once. Anybody may label a pod: it counts where its Job does."""
+        """A pod has ended; what is told again is counted once. Anybody may label a pod: it counts by its Job."""
         entry = self._entries.get(pod.key)
         if entry is None or pod.owner not in entry.sight.job_uids:
             return

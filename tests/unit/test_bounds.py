@@ -21,8 +21,8 @@ from finetune_api.model import ApiModel, problems_of
 from finetune_api.modelfiles import model_shape, parse_config, parse_header
 from finetune_api.profile import Accelerator, Budget
 from finetune_api.tuning import Tuning
-from finetune_operator.connection import parsed
 from finetune_operator import essentials
+from finetune_operator.connection import parsed
 
 UTC = datetime.UTC
 

@@ -161,7 +161,8 @@ def test_a_bomb_takes_little_time_and_memory(name: str, data: Callable[[], bytes
         return f"{sum(1 for _ in rows)} rows"
 
     ended = limited(work, megabytes=900, seconds=60)
-    assert re.match(r"FineTuneError: s3://b/x.*: |1 rows$", ended.answer), ended.answer
+    # Refused, or read within the same bounds: what is only long is no bomb.
+    assert re.match(r"FineTuneError: s3://b/x.*: |(1|300) rows$", ended.answer), ended.answer
 
 
 def test_fields_of_a_csv_may_hold_line_ends_and_quotes() -> None:
