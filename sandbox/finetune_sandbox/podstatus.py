@@ -135,7 +135,7 @@ def _conditions(facts: PodFacts, current: str, old: Sequence[Object], now: str) 
         "ContainersReady": ready,
         "PodScheduled": (True, "", ""),
     }
-    previous = {condition["type"]: condition for condition in old}
+    previous = {entry["type"]: entry for entry in old}
     return [condition(kind, *fact, previous.get(kind), now) for kind, fact in wanted.items()]
 
 
