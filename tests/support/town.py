@@ -15,7 +15,7 @@ from finetune_api.failures import Reason
 from finetune_api.progress import TrainerStatus
 from finetune_operator.budgets import Budgets
 from finetune_operator.cluster import ApiError
-from finetune_operator.containment import Where
+from finetune_operator.containment import Where, named
 from finetune_operator.controller import Controller
 from finetune_operator.manifests import JOB_LABEL
 from finetune_operator.profiles import Profiles
@@ -155,7 +155,7 @@ class Town:
         return self._of("FineTuneProfile")
 
     async def list_names(self, namespaces: tuple[str, ...]) -> set[tuple[str, str]]:
-        return {(one["metadata"]["namespace"], one["metadata"]["name"]) for one in self._of("FineTuneJob")}
+        return {named(one) for one in self._of("FineTuneJob")}
 
     async def list_all(self, kind: str, namespaces: tuple[str, ...]) -> AsyncIterator[Object]:
         for one in self._of(kind):
