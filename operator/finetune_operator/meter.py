@@ -42,7 +42,7 @@ def runs(raw: Object) -> Iterator[Run]:
         status = FineTuneJobStatus.model_validate(raw.get("status") or {})
     except ValidationError:
         return  # The reconcile says what is wrong with it.
-    key = raw["metadata"]["namespace"], raw["metadata"]["name"]
+    key = str(raw["metadata"]["namespace"]), str(raw["metadata"]["name"])
     for attempt in status.attempts:
         run = run_of(key, attempt)
         if run and run.profile:
