@@ -119,7 +119,7 @@ def to_record(old: FineTuneJobStatus, new: FineTuneJobStatus) -> FineTuneJobStat
 
 def with_uids(new: FineTuneJobStatus, created: Sequence[Object]) -> FineTuneJobStatus:
     """The status with the UIDs that the API server gave to the Jobs that were just created."""
-    uids = {o["metadata"]["name"]: o["metadata"]["uid"] for o in created if o["kind"] == "Job"}
+    uids = {o["metadata"]["name"]: str(o["metadata"]["uid"]) for o in created if o["kind"] == "Job"}
     attempts = [a.model_copy(update={"uid": a.uid or uids.get(a.job)}) for a in new.attempts]
     prepare = new.prepare and new.prepare.model_copy(update={"uid": new.prepare.uid or uids.get(new.prepare.job)})
     return new.model_copy(update={"attempts": attempts, "prepare": prepare})

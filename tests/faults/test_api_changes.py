@@ -179,8 +179,10 @@ async def test_a_node_is_deleted_under_its_pods(theatre: Theatre, tally: "Tally"
         }
         for pod in pods:
             path = scene.path("pods", pod["metadata"]["name"], "/api/v1")
-            (await scene.api.patch(f"{path}/status", {"status": {"phase": "Failed", "conditions": [gone]}})).must(200)
-            (await scene.api.delete(path, {"gracePeriodSeconds": 0})).must(200)
+            # After the first of them the Job controller removes the others, perhaps before the collector comes to them.
+            failed = {"status": {"phase": "Failed", "conditions": [gone]}}
+            assert (await scene.api.patch(f"{path}/status", failed)).status in (200, 404)
+            assert (await scene.api.delete(path, {"gracePeriodSeconds": 0})).status in (200, 404)
         await run(scene, "j-1")
         status = await scene.status()
         assert [(a["number"], a.get("outcome")) for a in status["attempts"]] == [(0, "Preempted"), (1, None)]
