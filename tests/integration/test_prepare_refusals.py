@@ -326,7 +326,8 @@ MODELS: dict[str, tuple[Change, str]] = {
     "a shard that is a pickle": (as_index(["pytorch_model.bin"]), "names 'pytorch_model.bin'; a shard is a"),
     "an encoder": (with_config(architectures=["BertModel"]), "found the architecture BertModel"),
     "no architecture": (with_config(architectures=None), "`architectures` is missing"),
-    "no width": (with_config(hidden_size="big"), "`hidden_size` must be a whole number of 1 to 2,147,483,647; found 'big'"),
+    "no width": (
+        with_config(hidden_size="big"), "`hidden_size` must be a whole number of 1 to 2,147,483,647; found 'big'"),
     "quantised weights": (with_config(quantization_config={}), "the weights are quantised already"),
     "a smaller vocabulary": (with_config(vocab_size=100), "tokenizer.json has token .*vocab_size is 100"),
     "no tokenizer": (without("tokenizer.json"), "has no tokenizer.json"),
@@ -344,7 +345,9 @@ MODELS: dict[str, tuple[Change, str]] = {
     "overlapping tensors": (with_header(_move), "do not follow each other without a gap"),
     "an embedding of another size": (
         with_config(hidden_size=16), r"model.embed_tokens.weight has the shape \[.*, 32\]; .*say \[.*, 16\]"),
-    "no positive size": (with_config(num_hidden_layers=0), "`num_hidden_layers` must be a whole number of 1 to 2,147,483,647; found 0"),
+    "no positive size": (
+        with_config(num_hidden_layers=0),
+        "`num_hidden_layers` must be a whole number of 1 to 2,147,483,647; found 0"),
     "weights of integers": (
         with_header(lambda h: [entry.update(dtype="I32") for name, entry in h.items() if name != "__metadata__"]),
         "found weights of type I32; BF16, F16 and F32 are supported"),
