@@ -41,9 +41,11 @@ def _server() -> tuple[subprocess.Popen[bytes], str]:
     directory = tempfile.mkdtemp(prefix="warm-")
     shutil.copy(Path(__file__).with_name("warm_start") / "sitecustomize.py", directory)
     quiet = {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    # What is imported here in place of the sources is imported there, too.
+    path = [str(Path(__file__).parents[1]), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "support.warm", directory],
-        env=os.environ | quiet | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        env=os.environ | quiet | {"PYTHONPATH": os.pathsep.join(path)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         # Ctrl-C ends whoever holds its standard input, and so ends it too.
