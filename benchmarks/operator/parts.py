@@ -26,7 +26,7 @@ from finetune_operator.accept import Subject
 from finetune_operator.cluster import KubeCluster
 from finetune_operator.manifests import Context
 from finetune_operator.observe import Observed, observe
-from finetune_operator.plan import plan
+from finetune_operator.plan import plan, to_record, with_uids
 from finetune_operator.reconcile import event
 from finetune_operator.status import patch
 from finetune_sandbox.client import JOBS, PODS, Client
@@ -229,17 +229,23 @@ def template(context: Context) -> list[tuple[str, str]]:
     prepare = prepare | {"metadata": prepare["metadata"] | meta | {"uid": "1" * 36}, "status": completed()}
     pod, pod_status = prepare_pod(prepare)
     pod["metadata"] |= meta
-    second, _ = _writes(raw, observe(UID, [prepare], [pod | {"status": pod_status}]), context)
+    known = Subject.read(raw).status
+    second, _ = _writes(raw, observe(UID, NAME, known, [prepare], [pod | {"status": pod_status}]), context)
     return [(verb, json.dumps(body)) for verb, body in (*first, *second)]
 
 
 def _writes(raw: Mapping[str, Any], observed: Observed, context: Context) -> tuple[list[tuple[str, Object]], Object]:
     subject = Subject.read(raw)
     decided = plan(subject, [PROFILE], observed, now(), context)
-    writes: list[tuple[str, Object]] = [("create", body) for body in decided.create]
-    writes.append(("status", patch(subject.status, decided.status)))
-    writes += [("event", event(subject, note, now())) for note in decided.events]
-    return writes, decided.status.to_json()
+    recorded = to_record(subject.status, decided.status)
+    made = [body | {"metadata": body["metadata"] | {"uid": "1" * 36}} for body in decided.create]
+    status = with_uids(decided.status, made)
+    writes: list[tuple[str, Object]] = [("status", patch(subject.status, recorded))]
+    writes += [("create", body) for body in decided.create]
+    writes.append(("status", patch(recorded, status)))
+    told = subject.namespace, subject.name, subject.uid
+    writes += [("event", event(*told, note, now())) for note in decided.events]
+    return writes, status.to_json()
 
 
 async def bare(kubeconfig: Path, workers: int) -> None:
