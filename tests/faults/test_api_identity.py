@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(300)]
 COLLECTED = PATIENCE + 60.0
-"""Seconds for what an earlier job left to go: a garbage collector that has just started looks for new kinds every 30 s."""
+"""Seconds for what an earlier job left to go: a garbage collector that has just started learns of kinds every 30 s."""
 STRANGERS = {
     "configmaps": ("/api/v1", {"data": {"whose": "a stranger's"}}),
     "services": ("/api/v1", {"spec": {"clusterIP": "None", "ports": [{"port": 80}]}}),
