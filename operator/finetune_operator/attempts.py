@@ -38,7 +38,11 @@ def update(known: Sequence[Attempt], observed: Observed, now: datetime.datetime)
 
 def made(attempts: Sequence[Attempt]) -> tuple[Attempt, ...]:
     """Those whose Job is known to have been made."""
-    return tuple(attempt for attempt in attempts if attempt.uid or attempt.outcome)
+    return tuple(attempt for attempt in attempts if is_made(attempt))
+
+
+def is_made(attempt: Attempt) -> bool:
+    return bool(attempt.uid or attempt.outcome)
 
 
 def _once_only(ended: Attempt, before: Sequence[Attempt]) -> Attempt:

@@ -112,7 +112,7 @@ def collision(subject: Subject, kind: str, name: str, now: datetime.datetime) ->
 
 def to_record(old: FineTuneJobStatus, new: FineTuneJobStatus) -> FineTuneJobStatus:
     """The old status with what is about to be made, and with nothing else of the new one."""
-    asked = (attempt for attempt in new.attempts if not (attempt.uid or attempt.outcome))
+    asked = (attempt for attempt in new.attempts if not history.is_made(attempt))
     attempts = history.bounded((*history.made(old.attempts), *asked))
     return old.model_copy(update={"attempts": list(attempts), "prepare": new.prepare})
 

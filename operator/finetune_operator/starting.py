@@ -76,7 +76,7 @@ def _attempt(
     """The next one, asked for now or, where making its Job has failed, when it was asked for first."""
     number = situation.attempts[-1].number + 1 if situation.attempts else 0
     recorded = situation.subject.status.attempts
-    again = recorded[-1] if recorded and not (recorded[-1].uid or recorded[-1].outcome) else None
+    again = recorded[-1] if recorded and not history.is_made(recorded[-1]) else None
     return Attempt(
         number=number,
         job=manifests.child_name(job.metadata.name, number),
